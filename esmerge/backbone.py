@@ -1,0 +1,189 @@
+"""Walks a decoder-only transformer one layer at a time, without ever loading it whole."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esmerge.checkpoint import Checkpoint
+from esmerge.deltas import canonical_name
+from esmerge.errors import InputError
+
+LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Backbone:
+    """A base model on the meta device, whose layers get their weights one at a time.
+
+    Args:
+        folder: a transformers checkpoint folder (config.json and safetensors weights).
+        dtype: in which the layers run; None for the dtype in which most of the weights are stored.
+        device: on which the layers run.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder = folder
+        self.device = torch.device(device)
+        self.checkpoint = Checkpoint.open(folder)
+        self.dtype = dtype or stored_dtype(self.checkpoint)
+        config = AutoConfig.from_pretrained(folder)
+        config.use_cache = False
+        # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        self.body: nn.Module = self.model.base_model
+        self._stored = {canonical_name(name) or name: name for name in self.checkpoint}
+        self.layers_name, self.layers = _decoder_layers(self.model, config.num_hidden_layers)
+        embedding = self.model.get_input_embeddings()
+        self._embedding_name = _name_of(self.model, embedding)
+        outer = set(self.layers.modules()) | {embedding}
+        for module_name, module in self.body.named_modules():
+            if module not in outer:
+                self._materialize(module, module_name, recurse=False)
+        for buffer_owner in self.model.modules():
+            for name, buffer in buffer_owner.named_buffers(recurse=False):
+                setattr(buffer_owner, name, buffer.to(self.device))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.get_input_embeddings().embedding_dim
+
+    def _find(self, name: str) -> str:
+        """The checkpoint's name for the parameter `name` of the model's body or of the model."""
+        prefix = f"{self.model.base_model_prefix}."
+        for candidate in (canonical_name(name) or name, prefix + name, name.removeprefix(prefix)):
+            if candidate in self._stored:
+                return self._stored[candidate]
+        raise InputError(
+            f"{self.folder} has no tensor {name}, which a {type(self.model).__name__} of its config.json needs."
+        )
+
+    def _materialize(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            full = f"{prefix}.{name}" if prefix else name
+            stored = self._find(full)
+            tensor = self.checkpoint.read(stored, self.dtype)
+            if tensor.shape != parameter.shape:
+                raise InputError(
+                    f"{self.checkpoint.info(stored).file}: tensor {stored} has shape {list(tensor.shape)}, "
+                    f"its config.json makes it {list(parameter.shape)}."
+                )
+            owner_name, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(owner_name)
+            owner.register_parameter(leaf, nn.Parameter(tensor.to(self.device), requires_grad=False))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings [.., H] of token ids [..]; only the rows that occur are read."""
+        embedding = self.model.get_input_embeddings()
+        tokens, positions = input_ids.unique(return_inverse=True)
+        stored = self._find(self._embedding_name + ".weight")
+        if tokens.max() >= self.checkpoint.info(stored).shape[0]:
+            raise InputError(
+                f"the tokenizer of {self.folder} gives token {int(tokens.max())}, its embedding has only "
+                f"{self.checkpoint.info(stored).shape[0]} rows: use the tokenizer that belongs to the base."
+            )
+        rows = self.checkpoint.read_rows(stored, tokens).to(self.device, self.dtype)
+        meta = embedding.weight
+        # The module itself looks the rows up, so that models that scale their embeddings do so here too.
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        padding, embedding.padding_idx = embedding.padding_idx, None
+        try:
+            return embedding(positions.to(self.device))
+        finally:
+            embedding.weight, embedding.padding_idx = meta, padding
+
+    @torch.no_grad()
+    def layer_arguments(self, inputs_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[LayerArguments]]:
+        """What the model's own forward hands to its layers: masks, position embeddings, and so on.
+
+        The model runs with its layers replaced by recorders, so whatever it prepares for each of them (a
+        sliding window here, full attention there) is what it would have prepared.
+
+        Args:
+            inputs_embeds: [B, T, H].
+            attention_mask: [B, T], 1 for a token, 0 for padding.
+
+        Returns:
+            The first layer's input [B, T, H], and for each layer the arguments after the hidden states.
+        """
+        hidden: list[Tensor] = []
+        arguments: list[LayerArguments] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            hidden.append(hidden_states)
+            arguments.append((args, kwargs))
+            return hidden_states
+
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask.to(self.device)}
+        if "position_ids" in inspect.signature(self.body.forward).parameters:
+            # As `generate` counts them: from each row's first token, whatever padding stands before it.
+            kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
+        try:
+            for layer in self.layers:
+                layer.forward = record
+            self.body(inputs_embeds=inputs_embeds.to(self.device, self.dtype), use_cache=False, **kwargs)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        if len(arguments) != self.num_layers:
+            raise InputError(
+                f"{type(self.model).__name__} called {len(arguments)} layers for {self.num_layers}: only decoders "
+                "whose layers run once, one after the other, can be probed."
+            )
+        return hidden[0], arguments
+
+    def iterate_layers(self) -> Iterator[nn.Module]:
+        """The decoder layers in order, each with its weights only until the next one is asked for."""
+        for number, layer in enumerate(self.layers):
+            self._materialize(layer, f"{self.layers_name}.{number}")
+            yield layer
+            layer.to("meta")
+
+    def final_norm(self) -> Callable[[Tensor], Tensor]:
+        """The norm after the last layer; the identity for a model that has none."""
+        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"):
+            for module_name, module in self.body.named_modules():
+                if module_name.rpartition(".")[2] == name and not module_name.startswith(self._inner_layers):
+                    return module
+        return nn.Identity()
+
+    @property
+    def _inner_layers(self) -> str:
+        return self.layers_name.removeprefix(f"{self.model.base_model_prefix}.") + "."
+
+
+def run_layer(layer: nn.Module, hidden_states: Tensor, arguments: LayerArguments) -> Tensor:
+    """The layer's output [B, T, H]."""
+    args, kwargs = arguments
+    output = layer(hidden_states, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which most of a checkpoint's floating-point values are stored."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype], default=torch.float32)
+
+
+def _decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers: it cannot be probed.")
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

@@ -1,0 +1,282 @@
+"""Safetensors checkpoints, read lazily and written as a stream.
+
+The reader fills freshly allocated tensors with `preadv` instead of mapping the file: what is held in
+memory is then exactly what was asked for, and it is gone when the tensor is. The writer knows every
+name, dtype and shape beforehand, writes the headers first and takes the tensors in any order.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from esmerge.errors import InputError
+from esmerge.rawio import read_into, write_from
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: its file, dtype, shape and the byte offset of its data in that file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file, from its header alone.
+
+    Raises:
+        InputError: if the file is missing, truncated, corrupt or holds an unknown dtype.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if 8 + length > size:
+                raise InputError(f"{file} is truncated or no safetensors file: download or save it again.")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{file} has a corrupt safetensors header: download or save it again.") from error
+    metadata = header.pop("__metadata__", {})
+    infos = {}
+    try:
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise InputError(
+                    f"{file}: tensor {name} has dtype {entry['dtype']}, which cannot be merged; "
+                    f"convert it to one of {', '.join(DTYPES)}."
+                )
+            start, end = entry["data_offsets"]
+            info = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
+            if end - start != info.nbytes:
+                raise InputError(f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.nbytes}.")
+            if info.offset + info.nbytes > size:
+                raise InputError(f"{file} is truncated inside tensor {name}: download or save it again.")
+            infos[name] = info
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} has a corrupt safetensors header: download or save it again.") from error
+    return infos, metadata
+
+
+def checkpoint_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of the checkpoint `stem` in `folder`: one file, or the shards of its index.
+
+    Raises:
+        InputError: if there is none, or only a pickle, which is never opened.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is no safetensors index: it needs a JSON object weight_map.") from error
+        return [folder / shard for shard in shards]
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
+    if pickles:
+        raise InputError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened; "
+            f"convert it to {stem}.safetensors (save_pretrained writes that) and try again."
+        )
+    raise InputError(f"{folder} has no {stem}.safetensors and no {index.name}.")
+
+
+class Checkpoint:
+    """A checkpoint whose tensors are read one by one, when they are asked for.
+
+    Args:
+        files: the safetensors files it consists of.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._streams: dict[Path, BinaryIO] = {}
+        for file in files:
+            infos, metadata = read_header(file)
+            for name in infos.keys() & self.tensors.keys():
+                raise InputError(f"tensor {name} is both in {self.tensors[name].file} and in {file}.")
+            self.tensors |= infos
+            self.metadata |= metadata
+
+    @classmethod
+    def open(cls, folder: Path, stem: str = "model") -> "Checkpoint":
+        """Open `stem`.safetensors, or the shards that `stem`.safetensors.index.json names, in `folder`."""
+        return cls(checkpoint_files(folder, stem))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where the tensor `name` lies; `InputError` if it does not."""
+        if name not in self.tensors:
+            raise InputError(f"{self.files[0].parent} has no tensor {name}.")
+        return self.tensors[name]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name` on the CPU, converted to `dtype` if that is given."""
+        info = self.info(name)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._fill(tensor, info, info.offset)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The given rows (int64 [n]) of the matrix `name`, without reading the others."""
+        info = self.info(name)
+        tensor = torch.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
+        row_bytes = info.nbytes // info.shape[0]
+        for target, row in zip(tensor, rows.tolist(), strict=True):
+            self._fill(target, info, info.offset + row * row_bytes)
+        return tensor
+
+    def _fill(self, tensor: torch.Tensor, info: TensorInfo, offset: int) -> None:
+        if info.file not in self._streams:
+            self._streams[info.file] = info.file.open("rb", buffering=0)
+        try:
+            read_into(self._streams[info.file].fileno(), tensor, offset)
+        except EOFError as error:
+            raise InputError(f"{info.file} became shorter while it was read.") from error
+
+    def close(self) -> None:
+        """Close the files; reading again opens them again."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class CheckpointWriter:
+    """Writes a checkpoint whose names, dtypes and shapes are known beforehand, tensor by tensor.
+
+    Args:
+        folder: an existing folder.
+        tensors: dtype and shape of every tensor, in the order in which they are laid out.
+        stem: `model` or `adapter_model`; shards are named as transformers names them.
+        max_shard_bytes: a new shard begins before one would become larger than this.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        stem: str = "model",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.places: dict[str, TensorInfo] = {}
+        self.pending = set(tensors)
+        self._folder, self._stem = folder, stem
+        self._streams: dict[Path, BinaryIO] = {}
+        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        room = max_shard_bytes
+        for name, (dtype, shape) in tensors.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            if shards[-1] and nbytes > room:
+                shards.append({})
+                room = max_shard_bytes
+            shards[-1][name] = (dtype, shape)
+            room -= nbytes
+        for number, shard in enumerate(shards, start=1):
+            single = f"{stem}.safetensors"
+            file = folder / (single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
+            self._begin(file, shard, {"format": "pt", **(metadata or {})})
+
+    def _begin(
+        self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+    ) -> None:
+        entries: dict[str, object] = {"__metadata__": metadata}
+        spans, end = {}, 0
+        # Widest dtypes first, so that every tensor starts at a multiple of its item size.
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            spans[name] = start
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        stream = file.open("w+b", buffering=0)
+        self._streams[file] = stream
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + end)
+        for name, start in spans.items():
+            dtype, shape = tensors[name]
+            self.places[name] = TensorInfo(file, dtype, shape, 8 + len(header) + start)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the tensor `name`, converted to the dtype announced for it.
+
+        Raises:
+            ValueError: if it was not announced, has another shape or was written already.
+        """
+        place = self.places[name]
+        if name not in self.pending or tuple(tensor.shape) != place.shape:
+            raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} was not expected")
+        data = tensor.detach().to("cpu", place.dtype).contiguous()
+        write_from(self._streams[place.file].fileno(), data, place.offset)
+        self.pending.discard(name)
+
+    def finish(self) -> None:
+        """Check that every tensor was written, flush the files to disk and write the index.
+
+        Raises:
+            RuntimeError: if a tensor is missing.
+        """
+        if self.pending:
+            raise RuntimeError(f"{len(self.pending)} tensors were never written, among them {min(self.pending)}")
+        for stream in self._streams.values():
+            os.fsync(stream.fileno())
+        self.close()
+        if len(self._streams) > 1:
+            index = {
+                "metadata": {"total_size": sum(place.nbytes for place in self.places.values())},
+                "weight_map": {name: place.file.name for name, place in self.places.items()},
+            }
+            path = self._folder / f"{self._stem}.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def close(self) -> None:
+        """Close the files; nothing more can be written."""
+        for stream in self._streams.values():
+            stream.close()

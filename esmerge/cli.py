@@ -1,0 +1,111 @@
+"""The command line: `esmerge merge | inspect | demo`. Each command imports what it needs inside."""
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esmerge.errors import InputError
+
+app = typer.Typer(
+    name="esmerge",
+    help="Merge specialist LLMs that share a base, with coefficients from embedding signals.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    logging.basicConfig(format="esmerge: %(levelname)s: %(message)s", level=logging.WARNING)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the specialists of a RECIPE into one model.
+
+    Writes a LoRA adapter that PEFT loads, or a full checkpoint that transformers loads; beside it `esmerge.yaml`
+    (recipe, hashes and versions: enough to do it again) and `coefficients.safetensors`.
+
+    Example: `esmerge merge recipe.yaml -o merged --set coefficients.tau=0.2`
+    """
+    from esmerge.pipeline import merge as run
+    from esmerge.recipe import load_recipe
+
+    counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet)
+    print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that `esmerge merge` wrote.")],
+) -> None:
+    """Show the layer-wise coefficients of a merged model, as a table and as figures in its `figures` folder.
+
+    Example: `esmerge inspect merged`
+    """
+    from esmerge.figures import draw_figures
+    from esmerge.results import read_coefficients
+    from esmerge.tables import print_coefficients
+
+    coefficients = read_coefficients(folder)
+    print_coefficients(coefficients)
+    for file in draw_figures(coefficients, folder / "figures"):
+        print(file)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo"),
+) -> None:
+    """Train three small biology specialists of SmolLM2 on real data, merge them, and show what that is worth.
+
+    Takes about ten minutes on two cores the first time; the base and the specialists are then cached.
+    """
+    from benchmarks.testbed.demo import run_demo
+
+    run_demo(output)
+
+
+def main() -> None:
+    """Run the command line; errors end in one sentence, code 2 for the user's input and 1 for failures inside."""
+    debug = "--debug" in sys.argv
+    if debug:
+        # Accepted wherever it stands, as people add it to the end of the command that failed.
+        sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written.", 130, debug)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail("the disk is full; nothing was written: free some space or choose another output.", 1, debug)
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        raise
+    print(f"esmerge: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,263 @@
+"""Probe inputs: prompts that hold one sample of every modality, with masks of where each one is."""
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from esmerge.checkpoint import Checkpoint
+from esmerge.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """A few probe inputs, left-padded to one length.
+
+    Attributes:
+        inputs_embeds: [B, T, H].
+        attention_mask: int64 [B, T], 0 for padding.
+        masks: bool [M, B, T], the positions of each modality.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """All probe inputs in batches, and the modalities in the order of the batches' masks."""
+
+    modalities: tuple[str, ...]
+    batches: list[ProbeBatch]
+
+    @property
+    def size(self) -> int:
+        """Number of probe inputs."""
+        return sum(len(batch.attention_mask) for batch in self.batches)
+
+
+def batched(
+    inputs_embeds: Tensor, attention_mask: Tensor, masks: Mapping[str, Tensor], batch_size: int, source: str
+) -> Probe:
+    """Cut ready tensors into batches.
+
+    Args:
+        inputs_embeds: [K, T, H].
+        attention_mask: [K, T].
+        masks: [K, T] per modality.
+        batch_size: probe inputs per batch; gradient scores depend on it.
+        source: the file they are from, for messages.
+
+    Raises:
+        InputError: if the shapes disagree, a value is not finite, or a modality is missing in an input.
+    """
+    count, length = attention_mask.shape
+    if not count or not length:
+        raise InputError(f"{source}: the probe is empty.")
+    if inputs_embeds.shape[:2] != attention_mask.shape:
+        raise InputError(
+            f"{source}: inputs_embeds has shape {list(inputs_embeds.shape)}, attention_mask {[count, length]}; "
+            "their first two sizes must agree."
+        )
+    if not inputs_embeds.isfinite().all():
+        raise InputError(f"{source}: inputs_embeds has NaN or infinite values.")
+    for name, mask in masks.items():
+        if mask.shape != attention_mask.shape:
+            raise InputError(f"{source}: mask.{name} has shape {list(mask.shape)}, expected {[count, length]}.")
+        empty = (~(mask.bool() & attention_mask.bool()).any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(f"{source}: probe input {empty[0]} (counted from 0) has no position of {name}.")
+    stacked = torch.stack([mask.bool() for mask in masks.values()]) & attention_mask.bool()
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = slice(start, start + batch_size)
+        # What stands after the last modality position cannot reach it in a causal model; what stands before
+        # the first token of the longest row is padding in all of them.
+        stop = int(stacked[:, rows].any(dim=(0, 1)).nonzero().max()) + 1
+        first = int(attention_mask[rows].bool().any(dim=0).nonzero().min())
+        columns = slice(first, stop)
+        batches.append(
+            ProbeBatch(inputs_embeds[rows, columns], attention_mask[rows, columns].long(), stacked[:, rows, columns])
+        )
+    return Probe(tuple(masks), batches)
+
+
+def read_tensors(file: Path, modalities: Sequence[str], batch_size: int, hidden_size: int) -> Probe:
+    """A probe from ready tensors: `inputs_embeds`, `attention_mask` and `mask.<modality>`.
+
+    Other tensors in the file are not read.
+
+    Raises:
+        InputError: if a tensor is missing, or does not fit the others or the model's hidden size.
+    """
+    with Checkpoint([file]) as tensors:
+        present = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
+        check_modalities(present, modalities, str(file))
+        embeds = tensors.read("inputs_embeds")
+        if embeds.dim() != 3 or embeds.shape[-1] != hidden_size:
+            raise InputError(
+                f"{file}: inputs_embeds has shape {list(embeds.shape)}, expected [inputs, positions, {hidden_size}]."
+            )
+        return batched(
+            embeds,
+            tensors.read("attention_mask"),
+            {name: tensors.read(f"mask.{name}") for name in modalities},
+            batch_size,
+            str(file),
+        )
+
+
+def check_modalities(present: Sequence[str], specialists: Sequence[str], source: str) -> None:
+    """Raise `InputError` unless the probe has exactly the specialists' modalities."""
+    for name in present:
+        if name not in specialists:
+            raise InputError(
+                f"{source} has the modality {name}, but no specialist has that name "
+                f"(specialists: {', '.join(specialists)}): name the specialist after its modality."
+            )
+    for name in specialists:
+        if name not in present:
+            raise InputError(f"{source} has no modality {name}, which the specialist {name} needs.")
+
+
+def read_items(file: Path, samples: int, modality: str) -> list[str]:
+    """The first `samples` non-empty lines of a text file, one item per line."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(f"probe.data.{modality}: {file} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"probe.data.{modality}: {file} is no UTF-8 text file.") from error
+    items = [line for line in lines if line]
+    if len(items) < samples:
+        raise InputError(
+            f"probe.data.{modality}: {file} has {len(items)} items, probe.samples asks for {samples}: "
+            "add items or lower probe.samples."
+        )
+    return items[:samples]
+
+
+def fill_template(template: str, items: Mapping[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The template with its placeholders filled, and where each modality's item begins and ends in it.
+
+    >>> fill_template("M: {m}!", {"m": "CCO"})
+    ('M: CCO!', {'m': (3, 6)})
+    """
+    text, spans = "", {}
+    for literal, field, _, _ in string.Formatter().parse(template):
+        text += literal
+        if field is not None:
+            spans[field] = (len(text), len(text) + len(items[field]))
+            text += items[field]
+    return text, spans
+
+
+def check_template(template: str, modalities: Sequence[str]) -> None:
+    """Raise `InputError` unless the template has each modality's placeholder, once."""
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise InputError(f"probe.template is no valid template ({error}); write literal braces twice.") from error
+    for field in fields:
+        if field not in modalities:
+            raise InputError(f"probe.template has the placeholder {{{field}}}, but no specialist has that name.")
+    for name in modalities:
+        if fields.count(name) != 1:
+            raise InputError(f"probe.template must have the placeholder {{{name}}} once, it has {fields.count(name)}.")
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    items: Sequence[Mapping[str, str]],
+    chat_template: str | None = None,
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Each probe input as token ids [T] and masks [T] per modality, cut after the last modality position.
+
+    The prompt is one user turn of the chat template. A token belongs to a modality if its characters, as the
+    tokenizer's offsets give them, overlap the item's: no pattern is ever searched for in token ids.
+
+    Raises:
+        InputError: if there is no chat template, or it changes the prompt.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"{tokenizer.name_or_path} has no fast tokenizer, whose offsets the probe needs.")
+    if not (chat_template or tokenizer.chat_template):
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: set probe.chat_template to a "
+            "Jinja template or a file that holds one."
+        )
+    prompts = []
+    for row in items:
+        content, spans = fill_template(template, row)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        # Templates commonly strip a turn's outer white space.
+        stripped = content.strip()
+        offset = text.rfind(stripped)
+        if offset < 0:
+            raise InputError("the chat template changes the prompt's text, so its modalities cannot be located.")
+        offset -= len(content) - len(content.lstrip())
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = torch.tensor(encoded["offset_mapping"]).unbind(dim=1)
+        masks = {}
+        for name, (start, stop) in spans.items():
+            masks[name] = (starts < stop + offset) & (ends > start + offset) & (ends > starts)
+        length = max((int(mask.nonzero().max()) + 1 for mask in masks.values() if mask.any()), default=0)
+        ids = torch.tensor(encoded["input_ids"][:length])
+        prompts.append((ids, {name: mask[:length] for name, mask in masks.items()}))
+    return prompts
+
+
+def left_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows [T_k] stacked to [K, max T], zeros to the left."""
+    length = max(len(row) for row in rows)
+    return torch.stack([torch.cat([row.new_zeros(length - len(row)), row]) for row in rows])
+
+
+def text_probe(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    data: Mapping[str, Sequence[str]],
+    embed: Callable[[Tensor], Tensor],
+    batch_size: int = 2,
+    chat_template: str | None = None,
+) -> Probe:
+    """A probe from text items through the tokenizer's chat template.
+
+    Args:
+        template: with one `{modality}` placeholder each.
+        data: the items of each modality, equally many.
+        embed: token ids [K, T] -> input embeddings [K, T, H].
+        batch_size: probe inputs per batch (2 in the paper's code); gradient scores depend on it.
+        chat_template: instead of the tokenizer's own.
+    """
+    rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
+    prompts = tokenize(tokenizer, template, rows, chat_template)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        ids = left_padded([ids for ids, _ in part])
+        masks = {name: left_padded([row[name] for _, row in part]) for name in data}
+        attention = left_padded([torch.ones_like(ids) for ids, _ in part])
+        parts.append((ids, attention, masks))
+    flat = torch.cat([ids.flatten() for ids, _, _ in parts])
+    embedded = embed(flat[None])[0].split([ids.numel() for ids, _, _ in parts])
+    batches: list[ProbeBatch] = []
+    for vectors, (ids, attention, masks) in zip(embedded, parts, strict=True):
+        batches += batched(
+            vectors.view(*ids.shape, -1), attention, masks, batch_size, "probe inputs made from probe.data"
+        ).batches
+    return Probe(tuple(data), batches)

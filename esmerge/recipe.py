@@ -1,0 +1,317 @@
+"""What a user asks for: a recipe, from YAML and to YAML, with errors that name the field."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from esmerge.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class SpecialistRecipe(_Strict):
+    """One specialist: a PEFT adapter, as folder or Hub id (`user/repo` or `user/repo@revision`)."""
+
+    model: str
+
+
+class ProbeRecipe(_Strict):
+    """The probe: text items put into a template, or ready tensors.
+
+    Attributes:
+        samples: number of probe inputs.
+        template: one user turn, with a `{modality}` placeholder each.
+        data: per modality a text file with one item per line, relative to the recipe.
+        chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's own.
+        tensors: a safetensors file with `inputs_embeds` [K, T, H], `attention_mask` [K, T] and
+            `mask.<modality>` [K, T].
+        batch_size: probe inputs per batch; 2 in the paper's code. Gradient scores depend on it.
+        dtype: in which the layers run; by default that of the base's weights.
+    """
+
+    samples: Count | None = None
+    template: str | None = None
+    data: dict[str, str] | None = None
+    chat_template: str | None = None
+    tensors: str | None = None
+    batch_size: Count = 2
+    dtype: Dtype | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        text = {"samples": self.samples, "template": self.template, "data": self.data}
+        if self.tensors is not None:
+            given = [name for name, value in {**text, "chat_template": self.chat_template}.items() if value is not None]
+            if given:
+                raise ValueError(f"tensors and {given[0]} exclude each other: ready tensors need no text")
+        else:
+            missing = [name for name, value in text.items() if value is None]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing; give samples, template and data, or tensors")
+        return self
+
+
+class EmbeddingSignals(_Strict):
+    """Coefficients from embedding signals (arXiv 2603.14405).
+
+    Attributes:
+        granularity: layer-wise coefficients, element-wise ones, or both combined.
+        alpha: weight of the other modalities in a specialist's layer score.
+        temperature: of the softmax of layer scores.
+        tau: temperature of the softmax of element scores.
+        projections: random directions of the sliced Wasserstein distance.
+        p: its order.
+        distance: between hidden states, for the gradients: `mse` (released code), `frobenius` (paper).
+        tokens: whose positions count for the gradients: `primary` (released code), `all` (paper).
+    """
+
+    from_: Literal["embedding_signals"] = Field(alias="from")
+    granularity: Literal["both", "layer", "element"] = "both"
+    alpha: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    temperature: Positive = 0.5
+    tau: Positive = 0.1
+    projections: Count = 1024
+    p: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    distance: Literal["mse", "frobenius"] = "mse"
+    tokens: Literal["primary", "all"] = "primary"
+
+
+class FixedCoefficients(_Strict):
+    """The same coefficient everywhere: `uniform`, or a number per specialist."""
+
+    from_: Literal["uniform"] | dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(alias="from")
+
+
+class MethodRecipe(_Strict):
+    """How the weighted deltas are combined.
+
+    Attributes:
+        name: `linear`, the weighted sum.
+        normalize: scale fixed coefficients to sum 1 (mergekit's default for `linear`); those from embedding
+            signals do so already.
+    """
+
+    name: Literal["linear"] = "linear"
+    normalize: bool = True
+
+
+class OutputRecipe(_Strict):
+    """What is written.
+
+    Attributes:
+        format: a LoRA `adapter`, or a `full` checkpoint with the base's weights in it.
+        rank: of an adapter merged in `weights` space; by default the sum of the specialists' ranks, which is
+            exact for layer-wise and fixed coefficients.
+        dtype: of the merged tensors; by default float32 for an adapter and the base's own for a full checkpoint.
+        signals: also write `signals.safetensors`: pooled embeddings, directions, gradient scores and
+            element-wise coefficients. As large as the merged deltas, times the number of specialists.
+    """
+
+    format: Literal["adapter", "full"] = "adapter"
+    rank: Count | None = None
+    dtype: Dtype | None = None
+    signals: bool = False
+
+
+class Recipe(_Strict):
+    """A merge.
+
+    Attributes:
+        base: the model that all specialists were trained from, as folder or Hub id.
+        specialists: at least two, each named after its modality.
+        probe: needed by coefficients from embedding signals.
+        space: `weights` merges the deltas of the weights; `factors` merges LoRA's A and B separately, as the
+            paper does, which adds cross terms.
+        seed: of everything random.
+        device: where the layers run, as torch names it.
+    """
+
+    base: str
+    specialists: Annotated[dict[str, SpecialistRecipe], Field(min_length=2)]
+    probe: ProbeRecipe | None = None
+    coefficients: EmbeddingSignals | FixedCoefficients
+    method: MethodRecipe = MethodRecipe()
+    space: Literal["weights", "factors"] = "weights"
+    output: OutputRecipe = OutputRecipe()
+    seed: int = 42
+    device: str = "cpu"
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths start from: the recipe file's folder."""
+        return self._folder
+
+    @field_validator("specialists", mode="before")
+    @classmethod
+    def _specialists(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                if not str(name).isidentifier():
+                    raise ValueError(f"{name!r} is no valid specialist name: use letters, digits and underscores")
+            return {name: {"model": entry} if isinstance(entry, str) else entry for name, entry in value.items()}
+        return value
+
+    @field_validator("coefficients", mode="before")
+    @classmethod
+    def _coefficients(cls, value: Any) -> Any:
+        # `uniform` and `{molecule: 0.5, ...}` stand for themselves, without `from`.
+        if isinstance(value, str) or (isinstance(value, dict) and "from" not in value):
+            value = {"from": value}
+        if not isinstance(value, dict):
+            return value
+        source = value["from"]
+        if isinstance(source, dict):
+            for name, number in source.items():
+                if not isinstance(number, int | float) or isinstance(number, bool):
+                    raise ValueError(f"{name} is {number!r}, expected a number")
+        elif source not in ("embedding_signals", "uniform"):
+            raise ValueError(f"from is {source!r}, expected embedding_signals, uniform or a number per specialist")
+        kind = EmbeddingSignals if source == "embedding_signals" else FixedCoefficients
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            raise _Nested(error) from error
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = list(self.specialists)
+        if isinstance(self.coefficients, EmbeddingSignals):
+            if self.probe is None:
+                raise ValueError("probe is missing; coefficients from embedding signals need one")
+        elif isinstance(self.coefficients.from_, dict):
+            given = self.coefficients.from_
+            for name in given:
+                if name not in names:
+                    raise ValueError(f"coefficients.{name}: no specialist has that name{_nearest(name, names)}")
+            for name in names:
+                if name not in given:
+                    raise ValueError(f"coefficients.{name} is missing; give a number for each specialist")
+            if self.method.normalize and sum(given.values()) == 0:
+                raise ValueError("coefficients sum to 0 and cannot be normalised; set method.normalize to false")
+        if self.space == "factors" and self.output.rank is not None:
+            raise ValueError(
+                "output.rank: merged factors keep the specialists' rank; leave it out, or use space: weights"
+            )
+        if self.output.format == "full" and self.output.rank is not None:
+            raise ValueError("output.rank: a full checkpoint has no rank; leave it out, or use output.format: adapter")
+        return self
+
+
+class _Nested(ValueError):
+    """Carries the errors of a nested model through a validator, so that they keep their fields' names."""
+
+    def __init__(self, error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        file: YAML.
+        overrides: `field=value` with dots for nested fields, values in YAML, e.g. `coefficients.tau=0.2`.
+
+    Raises:
+        InputError: one sentence that names the field and what was expected.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe {file} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"the recipe {file} is no valid YAML{where}: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"the recipe {file} must be a YAML mapping with the fields {', '.join(Recipe.model_fields)}.")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, file.parent, str(file))
+
+
+def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:
+    """A recipe from a mapping; relative paths in it start from `folder`."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_sentence(error)}") from error
+    recipe._folder = folder
+    return recipe
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override}: expected FIELD=VALUE, e.g. --set seed=7.")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        entry = content.setdefault(parent, {})
+        if not isinstance(entry, dict):
+            raise InputError(f"--set {override}: {parent} is {entry!r} in the recipe and has no fields.")
+        content = entry
+    content[leaf] = yaml.safe_load(value)
+
+
+def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
+    """The first of pydantic's errors as one sentence."""
+    first = error.errors()[0]
+    location = (*prefix, *(str(part) for part in first["loc"]))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _Nested):
+        return _sentence(cause.error, location)
+    field = ".".join(part for part in location if part not in ("EmbeddingSignals", "FixedCoefficients"))
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"{field} is no known field{_nearest(location[-1], known)} (known: {', '.join(known)})."
+    if first["type"] == "missing":
+        return f"{field} is missing."
+    if first["type"] == "value_error":
+        message = str(cause)
+        return f"{field}: {message}." if field else f"{message}."
+    if field == "coefficients":
+        return f"{field} is {first['input']!r}: expected embedding_signals, uniform or a number per specialist."
+    return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "": Recipe,
+        "specialists": SpecialistRecipe,
+        "probe": ProbeRecipe,
+        "coefficients": EmbeddingSignals,
+        "method": MethodRecipe,
+        "output": OutputRecipe,
+    }
+    model = models[location[0] if location else ""]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,193 @@
+"""The result folder: staged beside its place, filled, and renamed when it is complete."""
+
+import json
+import platform
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from esmerge import __version__
+from esmerge.checkpoint import Checkpoint, CheckpointWriter
+from esmerge.errors import InputError
+
+COEFFICIENTS_FILE = "coefficients.safetensors"
+RECORD_FILE = "esmerge.yaml"
+# What belongs to a model beside its weights.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
+_CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+def check_output(output: Path) -> None:
+    """Raise `InputError` if the output exists or its folder cannot be written."""
+    if output.exists():
+        raise InputError(f"the output {output} exists: choose another folder or remove it first.")
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name at the end, or is removed if anything fails."""
+    check_output(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"the output {output} cannot be written ({error.strerror}).") from error
+    try:
+        staged.chmod(0o755)
+        yield staged
+        staged.rename(output)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copy the tokenizer's files, as far as there are any."""
+    _copy(base, folder, _TOKENIZER_FILES)
+
+
+def copy_model_files(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy tokenizer and configs of a full checkpoint, with the dtype of its weights where that changes."""
+    _copy(base, folder, (*_TOKENIZER_FILES, *_CONFIG_FILES))
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(folder / "config.json", config)
+
+
+def _copy(base: Path, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as transformers and PEFT format theirs."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def adapter_config(
+    modules: Mapping[str, tuple[int, float]],
+    base_tensors: Sequence[str],
+    base_model: str,
+    revision: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """An adapter_config.json that PEFT loads.
+
+    Args:
+        modules: rank and alpha of each adapted module, by its name in the base.
+        base_tensors: names of all tensors of the base.
+    """
+    ranks = Counter(rank for rank, _ in modules.values())
+    alphas = Counter(alpha for _, alpha in modules.values())
+    rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _integral(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "target_modules": target_modules(list(modules), base_tensors),
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {name: _integral(a) for name, (_, a) in modules.items() if a != alpha},
+    }
+
+
+def _integral(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def target_modules(modules: Sequence[str], base_tensors: Sequence[str]) -> list[str]:
+    """PEFT's target_modules for exactly these modules: their last names if those suffice, else all names."""
+    leaves = sorted({name.rpartition(".")[2] for name in modules})
+    matched = {name.removesuffix(".weight") for name in base_tensors if name.endswith(".weight")}
+    matched = {name for name in matched if name.rpartition(".")[2] in leaves}
+    return leaves if matched == set(modules) else sorted(modules)
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Write a few tensors to a safetensors file; metadata values are stored as JSON lists."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    encoded = {key: json.dumps(list(value)) for key, value in (metadata or {}).items()}
+    writer = CheckpointWriter(file.parent, layout, stem=file.stem, max_shard_bytes=1 << 62, metadata=encoded)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+
+
+@dataclass(frozen=True)
+class StoredCoefficients:
+    """What a result's coefficients.safetensors holds.
+
+    Attributes:
+        tensors: `alpha` [S, L], and from embedding signals `distances` [S, M, L] and `planes` [M, 1 + S, L, K, 2];
+            `lambda.mean.<tensor>` and `lambda.std.<tensor>` [S].
+        specialists, modalities: the names along S and M.
+    """
+
+    tensors: dict[str, Tensor]
+    specialists: list[str]
+    modalities: list[str]
+
+
+def read_coefficients(folder: Path) -> StoredCoefficients:
+    """The coefficients of the result in `folder`; `InputError` if it is no esmerge result."""
+    file = folder / COEFFICIENTS_FILE
+    if not file.exists():
+        raise InputError(f"{folder} is no esmerge result: it has no {COEFFICIENTS_FILE}.")
+    with Checkpoint([file]) as checkpoint:
+        try:
+            specialists, modalities = (json.loads(checkpoint.metadata[key]) for key in ("specialists", "modalities"))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{file} does not name its specialists and modalities in its metadata.") from error
+        return StoredCoefficients({name: checkpoint.read(name) for name in checkpoint}, specialists, modalities)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "esmerge": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write esmerge.yaml: the resolved recipe, what its inputs were, and what came out."""
+    text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True, width=100)
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Gradient scores of parameters: sums of absolute gradients over probe batches, kept small or on disk."""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from esmerge.rawio import read_into, write_from
+
+# Rows are handled in blocks of about this many elements: the temporaries stay in the cache's reach.
+BLOCK_ELEMENTS = 1 << 22
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cut a matrix of `shape` into blocks of about `BLOCK_ELEMENTS`."""
+    height = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], height):
+        yield start, min(start + height, shape[0])
+
+
+class Score(Protocol):
+    """The score of one matrix for one specialist; NaN and infinite entries count as zero.
+
+    Attributes:
+        shape: of the matrix.
+        mean, std: population mean and standard deviation of all its elements.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def std(self) -> float: ...
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the score, float32 [stop - start, in]."""
+        ...
+
+
+class Scratch:
+    """A temporary file for tensors that are written once and read back in parts.
+
+    It has no name in the file system (where that is possible), so nothing is left behind after a crash.
+
+    Args:
+        folder: on the disk that has room for it; None for the system's folder for temporary files.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed on exit)
+        self._end = 0
+
+    def put(self, tensor: Tensor) -> "Spooled":
+        """Append a tensor and return the handle that reads it."""
+        start = self._end
+        write_from(self._file.fileno(), tensor.detach().cpu().contiguous(), start)
+        self._end += tensor.numel() * tensor.dtype.itemsize
+        return Spooled(self, start, tuple(tensor.shape), tensor.dtype)
+
+    def read(self, tensor: Tensor, offset: int) -> None:
+        """Fill a contiguous tensor from the bytes at `offset`."""
+        read_into(self._file.fileno(), tensor, offset)
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """A tensor in a scratch file."""
+
+    scratch: Scratch
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the tensor."""
+        tensor = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        self.scratch.read(tensor, self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
+        return tensor
+
+
+@dataclass(frozen=True)
+class DenseScore:
+    """A score whose every element is kept, in memory or in a scratch file."""
+
+    values: Tensor | Spooled
+    mean: float
+    std: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if isinstance(self.values, Spooled):
+            return self.values.rows(start, stop)
+        return self.values[start:stop]
+
+
+def dense_score(values: Tensor, scratch: Scratch | None = None) -> DenseScore:
+    """A score from accumulated absolute gradients [out, in], spooled if a scratch file is given."""
+    finite = torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    std, mean = torch.std_mean(finite.double(), correction=0)
+    return DenseScore(scratch.put(finite) if scratch else finite.cpu(), float(mean), float(std))
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """A score kept as what it is made of: a linear layer's inputs and the gradients of its outputs.
+
+    The gradient of the weight over one batch is g^T x, so for few tokens the pair is far smaller than the
+    matrix. Rows are made when they are asked for.
+    """
+
+    inputs: Spooled
+    gradients: Spooled
+    lengths: tuple[int, ...]
+    mean: float
+    std: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.gradients.shape[0], self.inputs.shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        inputs = self.inputs.rows(0, self.inputs.shape[0])
+        return _absolute_products(self.gradients.rows(start, stop), inputs, self.lengths)
+
+
+def pair_score(inputs: Sequence[Tensor], gradients: Sequence[Tensor], scratch: Scratch) -> PairScore:
+    """A score from each batch's inputs [n_b, in] and output gradients [n_b, out] of a linear layer."""
+    lengths = tuple(len(part) for part in inputs)
+    stacked = torch.cat(list(inputs)).cpu()
+    # Transposed, so that rows of the score are rows of the file.
+    transposed = torch.cat(list(gradients)).cpu().T.contiguous()
+    total = squares = 0.0
+    for start, stop in row_blocks((len(transposed), stacked.shape[1])):
+        block = _absolute_products(transposed[start:stop], stacked, lengths).double()
+        total += float(block.sum())
+        squares += float(block.square().sum())
+    count = len(transposed) * stacked.shape[1]
+    mean = total / count
+    std = math.sqrt(max(0.0, squares / count - mean * mean))
+    return PairScore(scratch.put(stacked), scratch.put(transposed), lengths, mean, std)
+
+
+def _absolute_products(gradients: Tensor, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum over batches of |g_b^T x_b|, float32 [rows, in], from g^T [rows, n] and x [n, in]."""
+    total = torch.zeros(len(gradients), inputs.shape[1])
+    for g, x in zip(gradients.split(list(lengths), dim=1), inputs.split(list(lengths)), strict=True):
+        total += (g @ x).float().abs()
+    return torch.nan_to_num(total, nan=0.0, posinf=0.0, neginf=0.0)
