@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import canonical_name
+from esmerge.deltas import canonical_name, canonical_tensors
 from esmerge.errors import InputError
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,16 +29,21 @@ class Backbone:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder = folder
-        self.device = torch.device(device)
+        self.device = _usable_device(device)
         self.checkpoint = Checkpoint.open(folder)
         self.dtype = dtype or stored_dtype(self.checkpoint)
-        config = AutoConfig.from_pretrained(folder)
-        config.use_cache = False
-        # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config.use_cache = False
+            # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            raise InputError(
+                f"{folder}: transformers cannot build a causal LM from its config.json: {error}"
+            ) from error
         self.body: nn.Module = self.model.base_model
-        self._stored = {canonical_name(name) or name: name for name in self.checkpoint}
+        self._stored = {name: name for name in self.checkpoint} | canonical_tensors(self.checkpoint, str(folder))
         self.layers_name, self.layers = _decoder_layers(self.model, config.num_hidden_layers)
         embedding = self.model.get_input_embeddings()
         self._embedding_name = _name_of(self.model, embedding)
@@ -167,6 +172,13 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, arguments: LayerArguments
     args, kwargs = arguments
     output = layer(hidden_states, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

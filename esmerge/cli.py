@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +91,8 @@ def main() -> None:
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    # As for Ctrl-C, nothing half-written stays when a scheduler ends the process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except InputError as error:

@@ -1,13 +1,15 @@
 """What a specialist adds to a weight of the base, under one canonical name, and how a layer runs with it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from esmerge.errors import InputError
 
 # The decoder layers' list as it is called by Llama and its like, by GPT-2 and by MPT.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -21,6 +23,26 @@ def canonical_name(name: str) -> str | None:
     """
     match = _LAYER.search(name)
     return f"layers.{match[1]}.{match[2]}" if match else None
+
+
+def canonical_tensors(names: Iterable[str], source: str) -> dict[str, str]:
+    """The tensors inside decoder layers: canonical name -> the name they are stored under.
+
+    Raises:
+        InputError: if two tensors have one canonical name, as where a vision tower has layers too.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        canonical = canonical_name(name)
+        if canonical is None:
+            continue
+        if canonical in found:
+            raise InputError(
+                f"{source} has layers in two places ({found[canonical]} and {name}); "
+                "only models with one list of decoder layers can be merged."
+            )
+        found[canonical] = name
+    return found
 
 
 def layer_of(canonical: str) -> tuple[int, str]:

@@ -40,7 +40,7 @@ def _figure(columns: int, width: float, height: float) -> "Figure":
     # The object-oriented interface needs no display and leaves the user's pyplot alone.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.subplots(1, columns, squeeze=False)
     return figure
 

@@ -13,6 +13,7 @@ from esmerge.backbone import Backbone
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.coefficients import layer_coefficients, normalize_weights
 from esmerge.distances import random_directions
+from esmerge.errors import InputError
 from esmerge.merging import Coefficients, merge_dense, merge_factors, merge_low_rank
 from esmerge.plan import Module, Plan, agreed, common_scaling, make_plan
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
@@ -20,7 +21,7 @@ from esmerge.recipe import EmbeddingSignals, Recipe
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals as Signals
 from esmerge.signals import SignalSettings, embedding_signals
-from esmerge.sources import ContentHashes
+from esmerge.sources import ContentHashes, Source
 
 
 def merge(recipe: Recipe, output: Path, progress: bool = True) -> dict[str, int]:
@@ -106,7 +107,10 @@ def _probe(plan: Plan, backbone: Backbone) -> Probe:
     chat_template = recipe.chat_template
     if chat_template is not None and plan.path(chat_template).is_file():
         chat_template = plan.path(chat_template).read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(plan.base.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
     return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template)
 
 
@@ -219,11 +223,15 @@ def _local_inputs(plan: Plan) -> list[Path]:
 
 
 def _record(plan: Plan, coefficients: Coefficients, hashes: ContentHashes, counts: dict[str, int]) -> dict[str, Any]:
-    sources = {"base": plan.base, **dict(zip(plan.recipe.specialists, plan.sources, strict=True))}
-    inputs: dict[str, Any] = {}
-    for name, source in sources.items():
+    def pinned(source: Source) -> dict[str, str]:
         pin = {"commit": source.commit} if source.commit else {"hash": hashes.result(source.folder)}
-        inputs[name] = {"source": source.reference, **pin}
+        return {"source": source.reference, **pin}
+
+    specialists = zip(plan.recipe.specialists, plan.sources, strict=True)
+    inputs: dict[str, Any] = {
+        "base": pinned(plan.base),
+        "specialists": {name: pinned(source) for name, source in specialists},
+    }
     probe = plan.recipe.probe
     if probe is not None and isinstance(plan.recipe.coefficients, EmbeddingSignals):
         for reference in [probe.tensors, *(probe.data or {}).values()]:

@@ -5,8 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import canonical_name, layer_of
+from esmerge.deltas import canonical_tensors, layer_of
 from esmerge.errors import InputError
 from esmerge.probe import check_modalities, check_template
 from esmerge.recipe import EmbeddingSignals, Recipe
@@ -14,6 +16,8 @@ from esmerge.sources import Source, resolve
 from esmerge.specialists import LoraSpecialist, open_specialist
 
 logger = logging.getLogger(__name__)
+
+MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ class Plan:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers, as the base's tensors show it."""
-        names = [canonical_name(tensor) for tensor in self.checkpoint]
-        return 1 + max(layer_of(name)[0] for name in names if name)
+        return 1 + max(layer_of(name)[0] for name in canonical_tensors(self.checkpoint, self.base.reference))
 
     def path(self, reference: str) -> Path:
         """A path that the recipe gives, relative to the recipe's folder."""
@@ -87,7 +90,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _match_modules(base: Source, checkpoint: Checkpoint, specialists: list[LoraSpecialist]) -> list[Module]:
     """Find each adapted module's weight in the base; `InputError` if one is missing or has another shape."""
-    weights = {canonical_name(tensor): tensor for tensor in checkpoint if canonical_name(tensor)}
+    weights = canonical_tensors(checkpoint, base.reference)
     modules: dict[str, Module] = {}
     for specialist in specialists:
         missing = [name for name in specialist.modules if f"{name}.weight" not in weights]
@@ -104,6 +107,11 @@ def _match_modules(base: Source, checkpoint: Checkpoint, specialists: list[LoraS
                     f"specialist {specialist.name}: {specialist.folder} changes {in_base} with shape "
                     f"{list(specialist.delta_shape(name))}, in the base {base.reference} it has shape "
                     f"{list(info.shape)}: it was trained from another base."
+                )
+            if info.dtype not in MERGEABLE:
+                raise InputError(
+                    f"{info.file}: tensor {weights[f'{name}.weight']} is stored as {info.dtype}; quantised weights "
+                    "cannot be merged: use the base in bfloat16, float16 or float32."
                 )
             modules.setdefault(name, Module(name, in_base, weights[f"{name}.weight"], specialist.delta_shape(name)))
     trained_from = {str(specialist.config.get("base_model_name_or_path")) for specialist in specialists}

@@ -1,6 +1,7 @@
 """What a user asks for: a recipe, from YAML and to YAML, with errors that name the field."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,8 @@ from pydantic import (
 )
 
 from esmerge.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -190,7 +193,7 @@ class Recipe(_Strict):
         try:
             return kind.model_validate(value)
         except ValidationError as error:
-            raise _Nested(error) from error
+            raise _NestedError(error) from error
 
     @field_validator("method", mode="before")
     @classmethod
@@ -218,11 +221,11 @@ class Recipe(_Strict):
                 "output.rank: merged factors keep the specialists' rank; leave it out, or use space: weights"
             )
         if self.output.format == "full" and self.output.rank is not None:
-            raise ValueError("output.rank: a full checkpoint has no rank; leave it out, or use output.format: adapter")
+            logger.warning("output.rank has no effect on a full checkpoint")
         return self
 
 
-class _Nested(ValueError):
+class _NestedError(ValueError):
     """Carries the errors of a nested model through a validator, so that they keep their fields' names."""
 
     def __init__(self, error: ValidationError) -> None:
@@ -283,7 +286,7 @@ def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     first = error.errors()[0]
     location = (*prefix, *(str(part) for part in first["loc"]))
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, _Nested):
+    if isinstance(cause, _NestedError):
         return _sentence(cause.error, location)
     field = ".".join(part for part in location if part not in ("EmbeddingSignals", "FixedCoefficients"))
     if first["type"] == "extra_forbidden":

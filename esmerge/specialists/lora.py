@@ -64,7 +64,13 @@ class LoraSpecialist:
                     f"{self.checkpoint.info(tensor).file}: tensor {tensor} is no LoRA factor of a linear layer inside "
                     "the decoder; such tensors cannot be merged and are never dropped: save the adapter without it."
                 )
-            self._tensors.setdefault(canonical, {})[match[2]] = tensor
+            factors = self._tensors.setdefault(canonical, {})
+            if match[2] in factors:
+                raise InputError(
+                    f"{folder} has layers in two places ({factors[match[2]]} and {tensor}); "
+                    "only adapters of one list of decoder layers can be merged."
+                )
+            factors[match[2]] = tensor
             self.modules[canonical] = match[1].removeprefix("base_model.model.")
         if not self._tensors:
             raise InputError(f"{folder}: the adapter holds no tensors.")
