@@ -1,7 +1,7 @@
 """Walks a decoder-only transformer one layer at a time, without ever loading it whole."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import canonical_name, canonical_tensors
 from esmerge.errors import InputError
+from esmerge.names import canonical_name, canonical_names
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,7 +43,8 @@ class Backbone:
                 f"{folder}: transformers cannot build a causal LM from its config.json: {error}"
             ) from error
         self.body: nn.Module = self.model.base_model
-        self._stored = {name: name for name in self.checkpoint} | canonical_tensors(self.checkpoint, str(folder))
+        stored = [name for name in self.checkpoint if not name.endswith("rotary_emb.inv_freq")]
+        self._stored = canonical_names(stored, str(folder))
         self.layers_name, self.layers = _decoder_layers(self.model, config.num_hidden_layers)
         embedding = self.model.get_input_embeddings()
         self._embedding_name = _name_of(self.model, embedding)
@@ -64,11 +65,9 @@ class Backbone:
         return self.model.get_input_embeddings().embedding_dim
 
     def _find(self, name: str) -> str:
-        """The checkpoint's name for the parameter `name` of the model's body or of the model."""
-        prefix = f"{self.model.base_model_prefix}."
-        for candidate in (canonical_name(name) or name, prefix + name, name.removeprefix(prefix)):
-            if candidate in self._stored:
-                return self._stored[candidate]
+        """The checkpoint's name for a parameter of the model."""
+        if canonical_name(name) in self._stored:
+            return self._stored[canonical_name(name)]
         raise InputError(
             f"{self.folder} has no tensor {name}, which a {type(self.model).__name__} of its config.json needs."
         )
@@ -154,13 +153,13 @@ class Backbone:
             yield layer
             layer.to("meta")
 
-    def final_norm(self) -> Callable[[Tensor], Tensor]:
-        """The norm after the last layer; the identity for a model that has none."""
-        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"):
-            for module_name, module in self.body.named_modules():
-                if module_name.rpartition(".")[2] == name and not module_name.startswith(self._inner_layers):
-                    return module
-        return nn.Identity()
+    def final_norm(self) -> tuple[str, nn.Module]:
+        """The norm after the last layer and its canonical name; the identity for a model that has none."""
+        for leaf in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"):
+            for name, module in self.body.named_modules():
+                if name.rpartition(".")[2] == leaf and not name.startswith(self._inner_layers):
+                    return canonical_name(name), module
+        return "", nn.Identity()
 
     @property
     def _inner_layers(self) -> str:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -91,21 +91,20 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-def checkpoint_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of the checkpoint `stem` in `folder`: one file, or the shards of its index.
+def open_files(folder: Path, stem: str) -> dict[Path, list[str] | None]:
+    """The safetensors files of the checkpoint `stem` in `folder`, with the tensors that its index puts there.
+
+    Returns:
+        One file with None, or each shard of the index with its tensors.
 
     Raises:
-        InputError: if there is none, or only a pickle, which is never opened.
+        InputError: if there is none, only a pickle (which is never opened), or the index is faulty.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
-        return [single]
+        return {single: None}
     if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} is no safetensors index: it needs a JSON object weight_map.") from error
-        return [folder / shard for shard in shards]
+        return _read_index(index)
     pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
     if pickles:
         raise InputError(
@@ -115,29 +114,64 @@ def checkpoint_files(folder: Path, stem: str) -> list[Path]:
     raise InputError(f"{folder} has no {stem}.safetensors and no {index.name}.")
 
 
+def _read_index(index: Path) -> dict[Path, list[str] | None]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{index} lists {twice} twice: download or save the checkpoint again.")
+        return dict(pairs)
+
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+        shards: dict[Path, list[str] | None] = {}
+        for name, shard in weight_map.items():
+            listed = shards.setdefault(index.parent / shard, [])
+            assert listed is not None
+            listed.append(name)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is no safetensors index: it needs a JSON object weight_map.") from error
+    for file in shards:
+        if not file.exists():
+            raise InputError(f"{index} names the shard {file.name}, which is missing: download it again.")
+    return shards
+
+
 class Checkpoint:
-    """A checkpoint whose tensors are read one by one, when they are asked for.
+    """A checkpoint whose tensors are read one by one, when they are asked for, from any thread.
 
     Args:
-        files: the safetensors files it consists of.
+        files: the safetensors files it consists of, each with the tensors that it must hold, or None.
     """
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
+        self.files = list(files)
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
-        for file in files:
+        for file, listed in files.items():
             infos, metadata = read_header(file)
             for name in infos.keys() & self.tensors.keys():
                 raise InputError(f"tensor {name} is both in {self.tensors[name].file} and in {file}.")
+            if listed is not None and infos.keys() != set(listed):
+                name = min(infos.keys() ^ set(listed))
+                there, missing = ("the shard", "the index") if name in infos else ("the index", "the shard")
+                raise InputError(
+                    f"{file}: tensor {name} is in {there} but not in {missing}: download or save the checkpoint again."
+                )
             self.tensors |= infos
             self.metadata |= metadata
+            self._streams[file] = file.open("rb", buffering=0)
 
     @classmethod
     def open(cls, folder: Path, stem: str = "model") -> "Checkpoint":
         """Open `stem`.safetensors, or the shards that `stem`.safetensors.index.json names, in `folder`."""
-        return cls(checkpoint_files(folder, stem))
+        return cls(open_files(folder, stem))
+
+    @classmethod
+    def open_file(cls, file: Path) -> "Checkpoint":
+        """Open one safetensors file."""
+        return cls({file: None})
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -158,6 +192,15 @@ class Checkpoint:
         self._fill(tensor, info, info.offset)
         return tensor if dtype is None else tensor.to(dtype)
 
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of the tensor `name`; start 0 and stop 1 for a scalar."""
+        info = self.info(name)
+        if not info.shape:
+            return self.read(name)
+        tensor = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        self._fill(tensor, info, info.offset + start * (info.nbytes // max(1, info.shape[0])))
+        return tensor
+
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """The given rows (int64 [n]) of the matrix `name`, without reading the others."""
         info = self.info(name)
@@ -168,18 +211,15 @@ class Checkpoint:
         return tensor
 
     def _fill(self, tensor: torch.Tensor, info: TensorInfo, offset: int) -> None:
-        if info.file not in self._streams:
-            self._streams[info.file] = info.file.open("rb", buffering=0)
         try:
             read_into(self._streams[info.file].fileno(), tensor, offset)
         except EOFError as error:
             raise InputError(f"{info.file} became shorter while it was read.") from error
 
     def close(self) -> None:
-        """Close the files; reading again opens them again."""
+        """Close the files."""
         for stream in self._streams.values():
             stream.close()
-        self._streams.clear()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -189,13 +229,20 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes a checkpoint whose names, dtypes and shapes are known beforehand, tensor by tensor.
+    """Writes a checkpoint whose names, dtypes and shapes are known beforehand, in any order, from any thread.
+
+    Headers are written first; then rows go straight to their place. A journal beside the files names the tensors that
+    are complete, so that a writer of the same layout can go on where a killed one stopped.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder; what an earlier writer of the same layout left there is kept.
         tensors: dtype and shape of every tensor, in the order in which they are laid out.
         stem: `model` or `adapter_model`; shards are named as transformers names them.
         max_shard_bytes: a new shard begins before one would become larger than this.
+
+    Attributes:
+        pending: names of the tensors that are not complete.
+        notes: by name of a complete tensor, what `complete` was told about it.
     """
 
     def __init__(
@@ -208,6 +255,7 @@ class CheckpointWriter:
     ) -> None:
         self.places: dict[str, TensorInfo] = {}
         self.pending = set(tensors)
+        self.notes: dict[str, Any] = {}
         self._folder, self._stem = folder, stem
         self._streams: dict[Path, BinaryIO] = {}
         shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
@@ -219,14 +267,25 @@ class CheckpointWriter:
                 room = max_shard_bytes
             shards[-1][name] = (dtype, shape)
             room -= nbytes
+        kept = True
         for number, shard in enumerate(shards, start=1):
             single = f"{stem}.safetensors"
             file = folder / (single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
-            self._begin(file, shard, {"format": "pt", **(metadata or {})})
+            kept &= self._begin(file, shard, {"format": "pt", **(metadata or {})})
+        journal = folder / f".{stem}.journal"
+        if kept and journal.exists():
+            # The last line may have been cut off.
+            entries = [json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[:-1]]
+            self.notes = dict(entries)
+            self.pending -= self.notes.keys()
+        else:
+            journal.unlink(missing_ok=True)
+        self._journal = journal.open("ab", buffering=0)
 
     def _begin(
         self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-    ) -> None:
+    ) -> bool:
+        """Write a file's header and size, and return whether they were there already."""
         entries: dict[str, object] = {"__metadata__": metadata}
         spans, end = {}, 0
         # Widest dtypes first, so that every tensor starts at a multiple of its item size.
@@ -236,26 +295,39 @@ class CheckpointWriter:
             spans[name] = start
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        stream = file.open("w+b", buffering=0)
-        self._streams[file] = stream
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + end)
+        header = struct.pack("<Q", len(header)) + header
         for name, start in spans.items():
             dtype, shape = tensors[name]
-            self.places[name] = TensorInfo(file, dtype, shape, 8 + len(header) + start)
+            self.places[name] = TensorInfo(file, dtype, shape, len(header) + start)
+        stream = file.open("r+b" if file.exists() else "w+b", buffering=0)
+        self._streams[file] = stream
+        size = len(header) + end
+        if os.fstat(stream.fileno()).st_size == size and stream.read(len(header)) == header:
+            return True
+        stream.seek(0)
+        stream.write(header)
+        stream.truncate(size)
+        return False
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Write rows of the tensor `name` from row `start` on, converted to its dtype."""
+        place = self.places[name]
+        data = rows.detach().to("cpu", place.dtype).contiguous()
+        row_bytes = place.nbytes // max(1, place.shape[0]) if place.shape else 0
+        write_from(self._streams[place.file].fileno(), data, place.offset + start * row_bytes)
+
+    def complete(self, name: str, note: Any = None) -> None:
+        """Note in the journal that all rows of `name` are written, with anything that JSON can hold."""
+        os.write(self._journal.fileno(), (json.dumps([name, note]) + "\n").encode())
+        self.notes[name] = note
+        self.pending.discard(name)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the tensor `name`, converted to the dtype announced for it.
-
-        Raises:
-            ValueError: if it was not announced, has another shape or was written already.
-        """
-        place = self.places[name]
-        if name not in self.pending or tuple(tensor.shape) != place.shape:
+        """Write the whole tensor `name`; `ValueError` if it was not announced or has another shape."""
+        if name not in self.places or tuple(tensor.shape) != self.places[name].shape:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} was not expected")
-        data = tensor.detach().to("cpu", place.dtype).contiguous()
-        write_from(self._streams[place.file].fileno(), data, place.offset)
-        self.pending.discard(name)
+        self.write_rows(name, 0, tensor)
+        self.complete(name)
 
     def finish(self) -> None:
         """Check that every tensor was written, flush the files to disk and write the index.
@@ -268,6 +340,7 @@ class CheckpointWriter:
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         self.close()
+        (self._folder / f".{self._stem}.journal").unlink()
         if len(self._streams) > 1:
             index = {
                 "metadata": {"total_size": sum(place.nbytes for place in self.places.values())},
@@ -278,5 +351,6 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files; nothing more can be written."""
+        self._journal.close()
         for stream in self._streams.values():
             stream.close()

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +37,7 @@ def merge(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed merge into OUTPUT stopped.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the specialists of a RECIPE into one model.
@@ -50,8 +50,9 @@ def merge(
     from esmerge.pipeline import merge as run
     from esmerge.recipe import load_recipe
 
-    counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet)
-    print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base")
+    counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume)
+    own = f", {counts['own rows']} rows of specialists' own tokens" if counts["own rows"] else ""
+    print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base{own}")
 
 
 @app.command()
@@ -91,8 +92,6 @@ def main() -> None:
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
-    # As for Ctrl-C, nothing half-written stays when a scheduler ends the process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except InputError as error:

@@ -1,72 +1,53 @@
-"""What a specialist adds to a weight of the base, under one canonical name, and how a layer runs with it."""
+"""What a specialist adds to a tensor of the base, as low-rank factors or as values, in blocks of rows."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from esmerge.errors import InputError
-
-# The decoder layers' list as it is called by Llama and its like, by GPT-2 and by MPT.
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+from esmerge.checkpoint import Checkpoint
 
 
-def canonical_name(name: str) -> str | None:
-    """`layers.N.<rest>` for a tensor or module inside decoder layer N, whatever stands before it.
+class Delta(Protocol):
+    """The difference between a specialist's tensor and the base's.
 
-    >>> canonical_name("base_model.model.model.layers.3.mlp.up_proj")
-    'layers.3.mlp.up_proj'
+    Attributes:
+        shape: of the specialist's tensor; with more rows than the base's where it has tokens of its own.
+        needs_base: whether `rows` needs the base's values.
     """
-    match = _LAYER.search(name)
-    return f"layers.{match[1]}.{match[2]}" if match else None
 
-
-def canonical_tensors(names: Iterable[str], source: str) -> dict[str, str]:
-    """The tensors inside decoder layers: canonical name -> the name they are stored under.
-
-    Raises:
-        InputError: if two tensors have one canonical name, as where a vision tower has layers too.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        canonical = canonical_name(name)
-        if canonical is None:
-            continue
-        if canonical in found:
-            raise InputError(
-                f"{source} has layers in two places ({found[canonical]} and {name}); "
-                "only models with one list of decoder layers can be merged."
-            )
-        found[canonical] = name
-    return found
-
-
-def layer_of(canonical: str) -> tuple[int, str]:
-    """Layer number and the module's name inside the layer, of a canonical name."""
-    _, number, inner = canonical.split(".", 2)
-    return int(number), inner
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def needs_base(self) -> bool: ...
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows start to stop of the delta in float32, given the same rows of the base in float32."""
+        ...
 
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The delta `scaling * B @ A` of one linear layer's weight.
+    """The delta `scaling * B @ A` of one weight matrix.
 
     Attributes:
-        a: [r, in].
-        b: [out, r].
+        a: float32 [r, in].
+        b: float32 [out, r].
         scaling: alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.b.shape[0], self.a.shape[1]
 
     @property
     def rank(self) -> int:
+        """Number of rows of A."""
         return self.a.shape[0]
 
     @property
@@ -74,55 +55,110 @@ class LoraDelta:
         """B with the scaling in it, [out, r]."""
         return self.b * self.scaling
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
         """Rows of the dense delta, [stop - start, in]."""
         return (self.b[start:stop] * self.scaling) @ self.a
 
     def to(self, device: torch.device) -> "LoraDelta":
-        return LoraDelta(self.a.to(device), self.b.to(device), self.scaling)
+        """The same delta on another device."""
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
 
 
-Observer = Callable[[str, Tensor, Tensor], None]
+@dataclass(frozen=True)
+class DoraDelta:
+    """The delta of a weight-decomposed adapter (Liu et al. 2024, "DoRA", arXiv 2402.09353, eq. 5).
 
+    The weight becomes `m (W + scaling B A) / |W + scaling B A|`, norms taken over each output's row.
 
-@contextmanager
-def attached(
-    layer: nn.Module, deltas: Mapping[str, LoraDelta], observe: Mapping[str, Observer] | None = None
-) -> Iterator[None]:
-    """Run `layer` with LoRA deltas added to its linear modules, for the duration of the context.
-
-    No weight is copied or changed: a forward hook adds `scaling * (x A^T) B^T` to the module's output. A and B
-    are used as they are, so that they collect gradients if they are leaves that require them.
-
-    Args:
-        layer: a decoder layer.
-        deltas: by module name inside the layer.
-        observe: by module name inside the layer, called in the backward pass with the name, the module's
-            input [.., in] and the gradient of its output [.., out]. The pair gives the gradient of the
-            weight, whether or not the module has a delta, without autograd ever forming it.
+    Attributes:
+        lora: the low-rank part.
+        magnitude: m, float32 [out].
     """
-    observe = observe or {}
-    handles = []
-    for name in deltas.keys() | observe.keys():
-        hook = _forward_hook(name, deltas.get(name), observe.get(name))
-        handles.append(layer.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    lora: LoraDelta
+    magnitude: Tensor
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.lora.shape
+
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of the dense delta, [stop - start, in]."""
+        assert base is not None
+        directed = base + self.lora.rows(start, stop)
+        scale = self.magnitude[start:stop, None] / directed.norm(dim=1, keepdim=True)
+        return directed.mul_(scale).sub_(base)
 
 
-def _forward_hook(name: str, delta: LoraDelta | None, observer: Observer | None) -> Callable[..., Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        if delta is not None:
-            down = F.linear(x, delta.a.to(x.dtype)) * delta.scaling
-            output = output + F.linear(down, delta.b.to(x.dtype))
-        if observer is not None and torch.is_grad_enabled():
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(lambda gradient: observer(name, x.detach(), gradient))
-        return output
+@dataclass(frozen=True)
+class ValueDelta:
+    """The delta of a tensor that a specialist stores whole, read when it is asked for.
 
-    return hook
+    Attributes:
+        checkpoint: where it is stored.
+        name: under which name.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.checkpoint.info(self.name).shape
+
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of the difference."""
+        assert base is not None
+        # A copy even where it is stored in float32: what was read belongs to nobody else, so it may be changed.
+        return self.checkpoint.read_range(self.name, start, stop).float().sub_(base)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows of the specialist's own tensor, in the dtype they are stored in."""
+        return self.checkpoint.read_range(self.name, start, stop)
+
+
+@dataclass(frozen=True)
+class ShiftDelta:
+    """A delta that is stored as such, e.g. the bias of a LoRA branch.
+
+    Attributes:
+        shift: float32, the shape of the tensor it is added to.
+    """
+
+    shift: Tensor
+    needs_base = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.shift.shape)
+
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of the shift."""
+        return self.shift[start:stop]
+
+
+@dataclass(frozen=True)
+class RowDelta:
+    """A delta of a few rows, as PEFT's trainable tokens: these rows are replaced, all others stay.
+
+    Attributes:
+        indices: int64 [n], ascending.
+        values: float32 [n, in], the new rows.
+        shape: of the whole tensor.
+    """
+
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, ...]
+    needs_base = True
+
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of the dense delta."""
+        assert base is not None
+        dense = torch.zeros_like(base)
+        chosen = (self.indices >= start) & (self.indices < stop)
+        places = self.indices[chosen] - start
+        dense[places] = self.values[chosen] - base[places]
+        return dense

@@ -1,16 +1,23 @@
-"""Merged deltas, one weight matrix at a time, in blocks of rows."""
+"""Merges one tensor: coefficients and a method on a stream of blocks of rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import combine, element_coefficients
-from esmerge.deltas import LoraDelta
+from esmerge.deltas import Delta, LoraDelta
 from esmerge.low_rank import balanced_factors, kept_energy, refactor, truncated_svd
-from esmerge.methods import linear
+from esmerge.methods import Method
+from esmerge.methods.registry import accepted
 from esmerge.scores import Score, row_blocks
+
+# Deltas of a tensor up to this size are kept between the passes over it; those of a larger one are made again.
+_KEPT_BYTES = 128 << 20
 
 Rows = Callable[[int, int], Tensor]
 
@@ -23,39 +30,61 @@ class Statistics:
     std: Tensor
 
 
-@dataclass
-class Coefficients:
-    """The coefficients of every specialist for every tensor.
+class Coefficients(Protocol):
+    """The coefficients of every specialist for every tensor."""
+
+    def scalars(self, name: str, layer: int | None) -> Tensor | None:
+        """Coefficients [S] of a whole tensor; None where its elements have their own."""
+        ...
+
+    def rows(self, name: str, layer: int | None) -> Rows:
+        """What gives the coefficients of rows start to stop, [S, rows, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedCoefficients:
+    """Numbers given beforehand.
 
     Attributes:
+        numbers: canonical name of a tensor -> float64 [S].
+    """
+
+    numbers: Callable[[str], Tensor]
+
+    def scalars(self, name: str, layer: int | None) -> Tensor | None:
+        return self.numbers(name)
+
+    def rows(self, name: str, layer: int | None) -> Rows:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SignalCoefficients:
+    """Coefficients from embedding signals.
+
+    Attributes:
+        outside: float64 [S], for tensors outside the decoder layers.
         layer: float64 [S, L]; None where only elements count.
         scores: by tensor name, a score per specialist; None where only layers count.
         tau: temperature of element-wise coefficients.
-        statistics: of each tensor merged so far.
-        kept_energy: of each tensor truncated so far, the share of the squared norm that was kept.
     """
 
+    outside: Tensor
     layer: Tensor | None
     scores: Mapping[str, Sequence[Score]] | None = None
     tau: float = 0.1
-    statistics: dict[str, Statistics] = field(default_factory=dict)
-    kept_energy: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def elementwise(self) -> bool:
-        """Whether elements of one tensor have different coefficients."""
-        return self.scores is not None
-
-    def scalars(self, name: str, number: int) -> Tensor:
-        """Coefficients [S] of the whole tensor `name` in layer `number`, where they are not element-wise."""
+    def scalars(self, name: str, layer: int | None) -> Tensor | None:
+        if layer is None:
+            return self.outside
+        if self.scores is not None:
+            return None
         assert self.layer is not None
-        weights = self.layer[:, number]
-        self.statistics[name] = Statistics(weights, torch.zeros_like(weights))
-        return weights
+        return self.layer[:, layer]
 
-    def rows(self, name: str, number: int) -> Rows:
-        """A function that gives the element-wise coefficients of rows start to stop, [S, rows, in]."""
-        assert self.scores is not None
+    def rows(self, name: str, layer: int | None) -> Rows:
+        assert self.scores is not None and layer is not None
         scores = self.scores[name]
         means = torch.tensor([score.mean for score in scores])
         stds = torch.tensor([score.std for score in scores])
@@ -63,33 +92,222 @@ class Coefficients:
         def coefficient_rows(start: int, stop: int) -> Tensor:
             stacked = torch.stack([score.rows(start, stop) for score in scores])
             element = element_coefficients(stacked, means, stds, self.tau)
-            return element if self.layer is None else combine(self.layer[:, number], element)
+            return element if self.layer is None else combine(self.layer[:, layer], element)
 
         return coefficient_rows
 
-    def merge(self, name: str, number: int, shape: tuple[int, int], deltas: Sequence[Rows]) -> Tensor:
-        """Weighted sum of S matrices [out, in], given as functions of a range of rows, float32."""
-        if not self.elementwise:
-            weights = self.scalars(name, number).float()
-            blocks = [linear([rows(a, b) for rows in deltas], weights) for a, b in row_blocks(shape)]
-            return torch.cat(blocks)
-        coefficient_rows = self.rows(name, number)
-        merged = torch.empty(shape)
-        total = torch.zeros(len(deltas), dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for start, stop in row_blocks(shape):
-            weights = coefficient_rows(start, stop)
-            merged[start:stop] = linear([rows(start, stop) for rows in deltas], weights)
-            doubles = weights.flatten(1).double()
-            total += doubles.sum(dim=1)
-            squares += doubles.square().sum(dim=1)
-        mean = total / merged.numel()
-        self.statistics[name] = Statistics(mean, (squares / merged.numel() - mean.square()).clamp_min(0).sqrt())
-        return merged
+
+@dataclass
+class Merger:
+    """One way to merge: coefficients, a method, its parameters.
+
+    Attributes:
+        statistics: of the coefficients of each tensor merged so far.
+        kept_energy: of each tensor truncated so far, the share of the squared norm that was kept.
+    """
+
+    coefficients: Coefficients
+    method: Method
+    parameters: Mapping[str, Any]
+    seed: int
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    kept_energy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Whether the result is a sum of the deltas, each times a number, wherever coefficients are scalars."""
+        return self.method.name in ("linear", "task_arithmetic")
+
+    def generator(self, name: str, index: int, device: torch.device) -> torch.Generator | None:
+        """What a random method draws from for one tensor of one specialist, whatever else is merged and when."""
+        if not self.method.random:
+            return None
+        digest = hashlib.blake2b(f"{self.seed} {index} {name}".encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+    def sum_weights(self, name: str, layer: int | None) -> Tensor | None:
+        """The number [S] that each delta is multiplied by in a weighted sum; None if there is none."""
+        scalars = self.coefficients.scalars(name, layer) if self.is_weighted_sum else None
+        if scalars is None:
+            return None
+        self._note_scalars(name, scalars)
+        ones = torch.eye(len(scalars), dtype=scalars.dtype)
+        return self.method.function(list(ones), scalars[:, None], **self.parameters)
+
+    def _note_scalars(self, name: str, scalars: Tensor) -> None:
+        self.statistics[name] = Statistics(scalars, torch.zeros_like(scalars))
+
+
+class TensorStream:
+    """A tensor of the base and what the specialists add to it, in blocks of rows, as often as needed.
+
+    Args:
+        checkpoint, stored: where the base's values are.
+        shape: of the base's tensor.
+        deltas: None for a specialist that leaves it as it is.
+        device: on which blocks are handed out.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stored: str,
+        shape: tuple[int, ...],
+        deltas: Sequence[Delta | None],
+        device: torch.device,
+    ) -> None:
+        self.shape = shape
+        self.deltas = deltas
+        self.device = device
+        self._checkpoint, self._stored = checkpoint, stored
+        self.count = 1
+        for size in shape:
+            self.count *= size
+        self._keep = len(deltas) * self.count * 4 <= _KEPT_BYTES
+        self._kept: dict[int, list[Tensor]] = {}
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """First row and last row + 1 of each block."""
+        return row_blocks(self.shape) if self.shape else iter([(0, 1)])
+
+    def base(self, start: int, stop: int) -> Tensor:
+        """Rows of the base, float32."""
+        return self._checkpoint.read_range(self._stored, start, stop).to(self.device, torch.float32)
+
+    def block(self, start: int, stop: int, base: Tensor | None = None) -> list[Tensor]:
+        """Rows of all deltas, float32; zeros for those that are none."""
+        if base is None and any(delta is not None and delta.needs_base for delta in self.deltas):
+            base = self.base(start, stop)
+        return [self._rows(delta, start, stop, base) for delta in self.deltas]
+
+    def _rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
+        if delta is None:
+            return torch.zeros((stop - start, *self.shape[1:]) if self.shape else (), device=self.device)
+        if delta.needs_base:
+            assert base is not None
+            return delta.rows(start, stop, base.cpu()).to(self.device)
+        return delta.rows(start, stop).to(self.device)
+
+    def kept_block(self, start: int, stop: int) -> list[Tensor]:
+        """As `block`, for methods that make several passes: made once where the tensor is small enough."""
+        if not self._keep:
+            return self.block(start, stop)
+        if start not in self._kept:
+            self._kept[start] = self.block(start, stop)
+        return self._kept[start]
+
+    def whole(self) -> list[Tensor]:
+        """All deltas, whole."""
+        blocks = [self.block(start, stop) for start, stop in self.spans]
+        return [torch.cat(parts) if self.shape else parts[0] for parts in zip(*blocks, strict=True)]
+
+
+def merged_blocks(
+    merger: Merger, name: str, layer: int | None, stream: TensorStream
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """The merged delta of a tensor, block by block.
+
+    Yields:
+        First row, last row + 1, rows of the merged delta in float32, and the base's rows if they were read.
+    """
+    method, parameters = merger.method, dict(merger.parameters)
+    scalars = merger.coefficients.scalars(name, layer)
+    weights = _WeightRows(merger, name, layer, scalars, stream)
+    if method.combine is None:
+        if method.needs_base:
+            parameters["base"] = stream.base(0, stream.shape[0] if stream.shape else 1)
+        merged = method.function(stream.whole(), weights(0, stream.shape[0] if stream.shape else 1), **parameters)
+        weights.finish()
+        yield 0, stream.shape[0] if stream.shape else 1, merged, parameters.get("base")
+        return
+    combined = accepted(method.combine, parameters)
+    if method.sparsify is None:
+        for start, stop in stream.spans:
+            base = stream.base(start, stop)
+            yield start, stop, method.combine(stream.block(start, stop, base), weights(start, stop), **combined), base
+    else:
+        sparsifiers = [_sparsifier(merger, name, stream, index) for index in range(len(stream.deltas))]
+        for start, stop in stream.spans:
+            block = stream.kept_block(start, stop)
+            sparse = [sparsify(delta) for sparsify, delta in zip(sparsifiers, block, strict=True)]
+            yield start, stop, method.combine(sparse, weights(start, stop), **combined), None
+    weights.finish()
+
+
+def _sparsifier(merger: Merger, name: str, stream: TensorStream, index: int) -> Callable[[Tensor], Tensor]:
+    sparsify = merger.method.sparsify
+    assert sparsify is not None
+    given = {**merger.parameters, "generator": merger.generator(name, index, stream.device)}
+
+    def blocks() -> Iterator[Tensor]:
+        return (stream.kept_block(start, stop)[index] for start, stop in stream.spans)
+
+    return sparsify(blocks, stream.count, **accepted(sparsify, given))
+
+
+class _WeightRows:
+    """Coefficients of blocks of rows, shaped to broadcast against the stack of deltas; counts what they were."""
+
+    def __init__(
+        self, merger: Merger, name: str, layer: int | None, scalars: Tensor | None, stream: TensorStream
+    ) -> None:
+        self._merger, self._name, self._stream = merger, name, stream
+        self._rows = None if scalars is not None else merger.coefficients.rows(name, layer)
+        if scalars is not None:
+            self._scalars = scalars.to(stream.device, torch.float32).view((-1,) + (1,) * max(1, len(stream.shape)))
+            if not stream.shape:
+                self._scalars = self._scalars.view(-1)
+            merger._note_scalars(name, scalars)
+        self._total = self._squares = torch.zeros(len(stream.deltas), dtype=torch.float64)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        if self._rows is None:
+            return self._scalars
+        weights = self._rows(start, stop)
+        doubles = weights.flatten(1).double()
+        self._total = self._total + doubles.sum(dim=1)
+        self._squares = self._squares + doubles.square().sum(dim=1)
+        return weights.to(self._stream.device)
+
+    def finish(self) -> None:
+        """Note mean and standard deviation."""
+        if self._rows is not None:
+            mean = self._total / self._stream.count
+            variance = (self._squares / self._stream.count - mean.square()).clamp_min(0)
+            self._merger.statistics[self._name] = Statistics(mean, variance.sqrt())
+
+
+def merge_dense(merger: Merger, name: str, layer: int | None, stream: TensorStream) -> Tensor:
+    """The merged delta of a tensor, whole, float32."""
+    blocks = [merged for _, _, merged, _ in merged_blocks(merger, name, layer, stream)]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def merge_low_rank(
+    merger: Merger, name: str, layer: int | None, stream: TensorStream, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The merged delta of a weight as factors B [out, rank] and A [rank, in].
+
+    Exactly re-factored from the stacked factors where it is a weighted sum of low-rank deltas with one number each;
+    otherwise the leading singular triplets of the dense merged delta.
+    """
+    present = [delta for delta in stream.deltas if delta is not None]
+    if all(isinstance(delta, LoraDelta) for delta in present):
+        weights = merger.sum_weights(name, layer)
+        if weights is not None:
+            pairs = [(w, d) for w, d in zip(weights.tolist(), stream.deltas, strict=True) if isinstance(d, LoraDelta)]
+            bs = [(delta.folded_b * weight).to(stream.device) for weight, delta in pairs]
+            b, a, merger.kept_energy[name] = refactor(bs, [delta.a.to(stream.device) for _, delta in pairs], rank)
+            return b, a
+    merged = merge_dense(merger, name, layer, stream)
+    u, s, vt = truncated_svd(merged, min(rank, *merged.shape))
+    merger.kept_energy[name] = kept_energy(s, merged.square().sum(), rank)
+    return balanced_factors(u, s, vt, rank)
 
 
 def merge_factors(
-    coefficients: Coefficients, module: str, number: int, deltas: Sequence[LoraDelta], folded: bool
+    merger: Merger, module: str, layer: int, deltas: Sequence[LoraDelta], folded: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The paper's merge: A and B separately, each with its own coefficients.
 
@@ -104,52 +322,25 @@ def merge_factors(
     bs = [delta.folded_b if folded else delta.b for delta in deltas]
     pair = []
     for letter, tensors in (("b", bs), ("a", [delta.a for delta in deltas])):
-        rows = [lambda start, stop, tensor=tensor: tensor[start:stop] for tensor in tensors]
-        shape = (tensors[0].shape[0], tensors[0].shape[1])
-        pair.append(coefficients.merge(f"{module}.lora_{letter}.weight", number, shape, rows))
+        name = f"{module}.lora_{letter}.weight"
+        stream = _FactorStream([tensor.to(device) for tensor in tensors], device)
+        pair.append(merge_dense(merger, name, layer, stream))
     return pair[0], pair[1]
 
 
-def merge_low_rank(
-    coefficients: Coefficients,
-    module: str,
-    number: int,
-    shape: tuple[int, int],
-    deltas: Sequence[LoraDelta | None],
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    """The merged delta of a weight as factors of a given rank: B [out, rank] and A [rank, in].
+class _FactorStream(TensorStream):
+    """Factors that are in memory, as a stream; methods that need the base have none here."""
 
-    Exactly re-factored from the stacked factors where each specialist has one coefficient for the whole
-    tensor; otherwise the leading singular triplets of the dense merged delta.
+    def __init__(self, factors: Sequence[Tensor], device: torch.device) -> None:
+        self.shape = tuple(factors[0].shape)
+        self.deltas = [None] * len(factors)
+        self.device = device
+        self.count = factors[0].numel()
+        self._factors = factors
+        self._keep = False
 
-    Args:
-        deltas: None for a specialist that leaves the module as it is.
-    """
-    name = f"{module}.weight"
-    if not coefficients.elementwise:
-        weights = coefficients.scalars(name, number).tolist()
-        present = [(weight, delta) for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
-        bs = [delta.folded_b * weight for weight, delta in present]
-        b, a, coefficients.kept_energy[name] = refactor(bs, [delta.a for _, delta in present], rank)
-        return b, a
-    merged = merge_dense(coefficients, module, number, shape, deltas)
-    u, s, vt = truncated_svd(merged, min(rank, *shape))
-    coefficients.kept_energy[name] = kept_energy(s, merged.square().sum(), rank)
-    return balanced_factors(u, s, vt, rank)
+    def base(self, start: int, stop: int) -> Tensor:
+        return torch.zeros((stop - start, *self.shape[1:]), device=self.device)
 
-
-def merge_dense(
-    coefficients: Coefficients,
-    module: str,
-    number: int,
-    shape: tuple[int, int],
-    deltas: Sequence[LoraDelta | None],
-) -> Tensor:
-    """The merged delta of a weight, float32 [out, in]."""
-    rows = [_zeros(shape[1]) if delta is None else delta.rows for delta in deltas]
-    return coefficients.merge(f"{module}.weight", number, shape, rows)
-
-
-def _zeros(width: int) -> Rows:
-    return lambda start, stop: torch.zeros(stop - start, width)
+    def block(self, start: int, stop: int, base: Tensor | None = None) -> list[Tensor]:
+        return [factor[start:stop].clone() for factor in self._factors]

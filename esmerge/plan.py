@@ -1,45 +1,66 @@
 """What will be merged, found out and checked from headers and configs alone."""
 
 import logging
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import canonical_tensors, layer_of
+from esmerge.deltas import Delta
 from esmerge.errors import InputError
+from esmerge.methods import METHODS
+from esmerge.names import canonical_names, layer_of, natural_order
 from esmerge.probe import check_modalities, check_template
 from esmerge.recipe import EmbeddingSignals, Recipe
 from esmerge.sources import Source, resolve
-from esmerge.specialists import LoraSpecialist, open_specialist
+from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
+from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from esmerge.vocabulary import Vocabulary, join_vocabularies
 
 logger = logging.getLogger(__name__)
 
 MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Tensors with one row per token.
+_PER_TOKEN = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")
 
 
 @dataclass(frozen=True)
-class Module:
-    """A linear layer that some specialist changes.
+class Target:
+    """A tensor of the result.
 
     Attributes:
-        name: canonical, `layers.N.<module>`.
-        in_base: its name in the base model, as PEFT uses it.
-        tensor: the name of its weight in the base's checkpoint.
-        shape: of the weight, [out, in].
+        name: canonical.
+        stored: its name in the base's checkpoint, where its values are merged from.
+        written: its name in the result.
+        dtype, shape: as the base has it.
+        rows: of the result; more than the base's where specialists have tokens of their own.
+        changed: per specialist the canonical name of the delta that it adds here; None if it adds none.
     """
 
     name: str
-    in_base: str
-    tensor: str
-    shape: tuple[int, int]
+    stored: str
+    written: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: int
+    changed: tuple[str | None, ...]
 
     @property
-    def layer(self) -> int:
-        """Number of its decoder layer."""
-        return layer_of(self.name)[0]
+    def layer(self) -> int | None:
+        """Number of its decoder layer; None outside the layers."""
+        return layer_of(self.name)
+
+    @property
+    def merged(self) -> bool:
+        """Whether any specialist changes it."""
+        return any(self.changed)
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Its shape in the result."""
+        return (self.rows, *self.shape[1:]) if self.shape else ()
 
 
 @dataclass(frozen=True)
@@ -47,24 +68,62 @@ class Plan:
     """The opened inputs of a merge, in the recipe's order of specialists.
 
     Attributes:
-        modules: all that any specialist changes, in the order of the layers.
+        targets: all tensors of the result, in the order of the layers.
+        vocabulary: of the result.
+        untied: whether the result has output embeddings of its own though the base ties them to the input's.
     """
 
     recipe: Recipe
     base: Source
     checkpoint: Checkpoint
     sources: list[Source]
-    specialists: list[LoraSpecialist]
-    modules: list[Module]
+    specialists: list[Specialist]
+    targets: list[Target]
+    vocabulary: Vocabulary
+    untied: bool
+
+    @property
+    def merged(self) -> list[Target]:
+        """The tensors that any specialist changes."""
+        return [target for target in self.targets if target.merged]
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers, as the base's tensors show it."""
-        return 1 + max(layer_of(name)[0] for name in canonical_tensors(self.checkpoint, self.base.reference))
+        return 1 + max((target.layer for target in self.targets if target.layer is not None), default=-1)
 
     def path(self, reference: str) -> Path:
         """A path that the recipe gives, relative to the recipe's folder."""
         return self.recipe.folder / Path(reference).expanduser()
+
+    def deltas(self, target: Target) -> list[Delta | None]:
+        """What each specialist adds to a tensor; None for nothing."""
+        return [
+            specialist.delta(name, target.shape) if name else None
+            for specialist, name in zip(self.specialists, target.changed, strict=True)
+        ]
+
+    def lora_specialists(self) -> list[LoraSpecialist]:
+        """The specialists, all of them plain pairs of factors; `InputError` names what is not."""
+        found: list[LoraSpecialist] = []
+        for specialist in self.specialists:
+            if not isinstance(specialist, LoraSpecialist):
+                raise InputError(
+                    f"space factors needs LoRA adapters, but {specialist.name} is a full checkpoint; "
+                    "use space: weights."
+                )
+            if not specialist.low_rank:
+                other = next(name for name in specialist.names if not _plain(specialist, name))
+                raise InputError(
+                    f"space factors merges pairs of LoRA factors, but {specialist.name} also has "
+                    f"{specialist.stored_as(other)}; use space: weights, which merges it as well."
+                )
+            found.append(specialist)
+        return found
+
+
+def _plain(specialist: LoraSpecialist, name: str) -> bool:
+    return name in specialist.modules and "lora_A" in specialist.stored_as(name)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -74,66 +133,184 @@ def make_plan(recipe: Recipe) -> Plan:
         InputError: if an input is missing, or the inputs do not fit each other.
     """
     base = resolve(recipe.base, recipe.folder, "base")
-    base.config()
+    if base.config().get("quantization_config"):
+        raise InputError(f"the base {recipe.base} is quantised; use it in bfloat16, float16 or float32.")
     checkpoint = Checkpoint.open(base.folder)
     sources, specialists = [], []
     for name, entry in recipe.specialists.items():
         sources.append(resolve(entry.model, recipe.folder, f"specialists.{name}.model"))
         specialists.append(open_specialist(name, sources[-1].folder))
-    plan = Plan(recipe, base, checkpoint, sources, specialists, _match_modules(base, checkpoint, specialists))
+    _check_count(recipe)
+    _check_origin(base, specialists)
+    stored = canonical_names(
+        [name for name in checkpoint if not name.endswith("rotary_emb.inv_freq")], f"the base {recipe.base}"
+    )
+    targets, untied = _match(base, checkpoint, stored, specialists)
+    targets, vocabulary = _join(base, targets, specialists)
+    plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied)
     if recipe.space == "factors":
-        _check_factors(specialists)
+        _check_factors(plan)
+    if recipe.output.format == "adapter":
+        plan = _fit_adapter(plan)
     if isinstance(recipe.coefficients, EmbeddingSignals):
         _check_probe(plan)
     return plan
 
 
-def _match_modules(base: Source, checkpoint: Checkpoint, specialists: list[LoraSpecialist]) -> list[Module]:
-    """Find each adapted module's weight in the base; `InputError` if one is missing or has another shape."""
-    weights = canonical_tensors(checkpoint, base.reference)
-    modules: dict[str, Module] = {}
+def _check_count(recipe: Recipe) -> None:
+    wanted = METHODS[recipe.method.name].specialists
+    if wanted is not None and len(recipe.specialists) != wanted:
+        raise InputError(
+            f"method {recipe.method.name} merges {wanted} specialists, the recipe has {len(recipe.specialists)}."
+        )
+
+
+def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
+    """Find specialists of another model from their configs, before their tensors are compared."""
+    ours = base.config()
     for specialist in specialists:
-        missing = [name for name in specialist.modules if f"{name}.weight" not in weights]
-        if missing:
+        if not isinstance(specialist, FullSpecialist):
+            continue
+        if specialist.config.get("model_type") != ours.get("model_type"):
             raise InputError(
-                f"specialist {specialist.name}: {specialist.folder} changes {len(missing)} modules that the base "
-                f"{base.reference} does not have, e.g. {specialist.modules[missing[0]]}: "
-                "it was trained from another base."
+                f"{specialist.name} is {_kind(specialist.config)}, the base is {_kind(ours)}: specialists must be "
+                "trained from the base."
             )
-        for name, in_base in specialist.modules.items():
-            info = checkpoint.info(weights[f"{name}.weight"])
-            if info.shape != specialist.delta_shape(name):
+        for field in ("hidden_size", "num_hidden_layers", "intermediate_size"):
+            if specialist.config.get(field) != ours.get(field):
                 raise InputError(
-                    f"specialist {specialist.name}: {specialist.folder} changes {in_base} with shape "
-                    f"{list(specialist.delta_shape(name))}, in the base {base.reference} it has shape "
-                    f"{list(info.shape)}: it was trained from another base."
+                    f"{specialist.name} has {field} {specialist.config.get(field)}, the base {ours.get(field)}: "
+                    "specialists must be trained from the base."
                 )
-            if info.dtype not in MERGEABLE:
-                raise InputError(
-                    f"{info.file}: tensor {weights[f'{name}.weight']} is stored as {info.dtype}; quantised weights "
-                    "cannot be merged: use the base in bfloat16, float16 or float32."
-                )
-            modules.setdefault(name, Module(name, in_base, weights[f"{name}.weight"], specialist.delta_shape(name)))
-    trained_from = {str(specialist.config.get("base_model_name_or_path")) for specialist in specialists}
-    if len(trained_from) > 1:
+    named = {
+        str(specialist.config.get("base_model_name_or_path"))
+        for specialist in specialists
+        if isinstance(specialist, LoraSpecialist)
+    }
+    if len(named) > 1:
         logger.warning(
             "the adapters say that they were trained from different bases (%s); their shapes fit",
-            ", ".join(sorted(trained_from)),
+            ", ".join(sorted(named)),
         )
-    return sorted(modules.values(), key=lambda module: _natural(module.name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", name)]
+def _kind(config: object) -> str:
+    assert isinstance(config, dict)
+    architectures = config.get("architectures") or [str(config.get("model_type"))]
+    return str(architectures[0]).removesuffix("ForCausalLM")
 
 
-def _check_factors(specialists: list[LoraSpecialist]) -> None:
-    first = specialists[0]
-    for other in specialists[1:]:
+def _match(
+    base: Source, checkpoint: Checkpoint, stored: dict[str, str], specialists: Sequence[Specialist]
+) -> tuple[list[Target], bool]:
+    """Each tensor of the base with what the specialists add to it, and whether tied embeddings come apart."""
+    head, embeddings = _embeddings(stored)
+    tied = head is None and embeddings is not None
+    changes = [set(specialist.names) for specialist in specialists]
+    untied = False
+    if tied:
+        # Tied embeddings stay tied only if every specialist changes both alike.
+        apart = [
+            not s.ties_embeddings and bool(c & {embeddings, *OUTPUT_EMBEDDINGS})
+            for s, c in zip(specialists, changes, strict=True)
+        ]
+        untied = any(apart)
+    entries = {name: (stored[name], stored[name]) for name in stored}
+    if untied:
+        assert embeddings is not None
+        entries["lm_head.weight"] = (stored[embeddings], "lm_head.weight")
+        head = "lm_head.weight"
+    targets = []
+    for name, (source, written) in entries.items():
+        info = checkpoint.info(source)
+        changed = []
+        for specialist, names in zip(specialists, changes, strict=True):
+            found: str | None = name if name in names else None
+            if name == head and found is None and specialist.ties_embeddings and embeddings in names:
+                found = embeddings
+            changed.append(found)
+        if any(changed) and info.dtype not in MERGEABLE:
+            raise InputError(
+                f"{info.file}: tensor {source} is stored as {info.dtype}; quantised weights cannot be merged: "
+                "use the base in bfloat16, float16 or float32."
+            )
+        rows = info.shape[0] if info.shape else 1
+        targets.append(Target(name, source, written, info.dtype, info.shape, rows, tuple(changed)))
+    for specialist, names in zip(specialists, changes, strict=True):
+        _check_names(base, entries, specialist, names)
+    for target in targets:
+        for specialist, changed_name in zip(specialists, target.changed, strict=True):
+            if changed_name:
+                _check_shape(base, target, specialist, changed_name)
+    return sorted(targets, key=lambda target: (target.layer is None, natural_order(target.name))), untied
+
+
+def _embeddings(stored: dict[str, str]) -> tuple[str | None, str | None]:
+    head = next((name for name in OUTPUT_EMBEDDINGS if name in stored), None)
+    return head, next((name for name in INPUT_EMBEDDINGS if name in stored), None)
+
+
+def _check_names(base: Source, entries: dict[str, tuple[str, str]], specialist: Specialist, names: set[str]) -> None:
+    unknown = sorted(names - entries.keys(), key=natural_order)
+    if unknown:
+        raise InputError(
+            f"specialist {specialist.name}: {specialist.folder} has {len(unknown)} tensors that change nothing in the "
+            f"base {base.reference}, e.g. {specialist.stored_as(unknown[0])}: it was trained from another base, or "
+            "save it without them."
+        )
+    if isinstance(specialist, FullSpecialist):
+        missing = [
+            name
+            for name in entries
+            if name not in names and not (name in OUTPUT_EMBEDDINGS and specialist.ties_embeddings)
+        ]
+        if missing:
+            raise InputError(
+                f"specialist {specialist.name}: {specialist.folder} lacks {len(missing)} tensors of the base "
+                f"{base.reference}, e.g. {entries[missing[0]][0]}: it is incomplete, or of another base."
+            )
+
+
+def _check_shape(base: Source, target: Target, specialist: Specialist, name: str) -> None:
+    shape = specialist.shape(name)
+    info = specialist.checkpoint.info(specialist.stored_as(name))
+    if info.dtype not in MERGEABLE:
+        raise InputError(
+            f"{info.file}: tensor {specialist.stored_as(name)} is stored as {info.dtype}; quantised weights cannot be "
+            "merged: save the specialist in bfloat16, float16 or float32."
+        )
+    per_token = target.name in _PER_TOKEN and len(shape) == len(target.shape)
+    if shape and shape != target.shape and not (per_token and shape[1:] == target.shape[1:]):
+        raise InputError(
+            f"specialist {specialist.name}: {specialist.folder} changes {target.stored} with shape {list(shape)}, in "
+            f"the base {base.reference} it has shape {list(target.shape)}: it was trained from another base."
+        )
+
+
+def _join(base: Source, targets: list[Target], specialists: Sequence[Specialist]) -> tuple[list[Target], Vocabulary]:
+    """The union of the vocabularies, and the targets with as many rows as that has."""
+    per_token = [target for target in targets if target.name in _PER_TOKEN]
+    if not any(target.merged for target in per_token):
+        rows = max((target.rows for target in per_token), default=0)
+        return targets, Vocabulary(rows)
+    rows = max(target.rows for target in per_token)
+    counts = []
+    for index, specialist in enumerate(specialists):
+        shapes = [specialist.shape(t.changed[index] or "") for t in per_token if t.changed[index]]
+        counts.append(max([shape[0] for shape in shapes if shape], default=rows))
+    named = [(s.name, s.folder, count) for s, count in zip(specialists, counts, strict=True)]
+    vocabulary = join_vocabularies(base.folder, rows, named)
+    size = vocabulary.size
+    return [replace(t, rows=size) if t.name in _PER_TOKEN else t for t in targets], vocabulary
+
+
+def _check_factors(plan: Plan) -> None:
+    first, *others = plan.lora_specialists()
+    for other in others:
         only = [sorted(a.modules.keys() - b.modules.keys()) for a, b in ((first, other), (other, first))]
         if any(only):
             listed = "; ".join(
-                f"only in {specialist.name}: {_listed(names)}"
+                f"only in {specialist.name}: {_listed([name.removesuffix('.weight') for name in names])}"
                 for specialist, names in zip((first, other), only, strict=True)
                 if names
             )
@@ -144,12 +321,45 @@ def _check_factors(specialists: list[LoraSpecialist]) -> None:
             if first.rank(name) != other.rank(name):
                 raise InputError(
                     f"space factors needs equal ranks, but {first.name} has rank {first.rank(name)} and {other.name} "
-                    f"rank {other.rank(name)} at {name}; use space: weights, which takes any mix of ranks."
+                    f"rank {other.rank(name)} at {name.removesuffix('.weight')}; use space: weights, which takes any "
+                    "mix of ranks."
                 )
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _fit_adapter(plan: Plan) -> Plan:
+    """An adapter holds low-rank deltas of matrices inside the layers, and nothing else.
+
+    Full checkpoints have all tensors, so those that an adapter cannot hold are compared with the base's.
+    """
+    targets = []
+    for target in plan.targets:
+        if len(target.shape) != 2 or target.layer is None or not target.name.endswith(".weight"):
+            for specialist, name in zip(plan.specialists, target.changed, strict=True):
+                if name and not _unchanged(plan, target, specialist, name):
+                    raise InputError(
+                        f"specialist {specialist.name} changes {specialist.stored_as(name)}, which a LoRA adapter "
+                        "cannot hold; use output.format: full."
+                    )
+            target = replace(target, changed=(None,) * len(plan.specialists))
+        targets.append(target)
+    full = next((s for s in plan.specialists if isinstance(s, FullSpecialist)), None)
+    if full is not None and plan.recipe.output.rank is None:
+        raise InputError(
+            f"output.rank is missing: the full checkpoint {full.name} has deltas of any rank; set the adapter's, "
+            "or use output.format: full."
+        )
+    return replace(plan, targets=targets)
+
+
+def _unchanged(plan: Plan, target: Target, specialist: Specialist, name: str) -> bool:
+    if not isinstance(specialist, FullSpecialist) or specialist.shape(name) != target.shape:
+        return False
+    ours = plan.checkpoint.read(target.stored)
+    return torch.equal(ours, specialist.checkpoint.read(specialist.stored_as(name), ours.dtype))
 
 
 def _check_probe(plan: Plan) -> None:
@@ -167,12 +377,13 @@ def _check_probe(plan: Plan) -> None:
             raise InputError(f"probe.data.{name}: the file {plan.path(reference)} does not exist.")
 
 
-def common_scaling(specialists: list[LoraSpecialist]) -> bool:
+def common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:
     """Whether all specialists scale every module alike, so that their B factors compare as they are."""
-    return all(specialist.scalings == specialists[0].scalings for specialist in specialists)
+    first = specialists[0]
+    return all(other.scaling(name) == first.scaling(name) for other in specialists[1:] for name in first.modules)
 
 
-def agreed(specialists: list[LoraSpecialist], field: str) -> str | None:
+def agreed(specialists: Sequence[Specialist], field: str) -> str | None:
     """What all specialists' configs say in a field, or None if they differ or are silent."""
     values = {specialist.config.get(field) for specialist in specialists}
     return values.pop() if len(values) == 1 else None

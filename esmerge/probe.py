@@ -98,7 +98,7 @@ def read_tensors(file: Path, modalities: Sequence[str], batch_size: int, hidden_
     Raises:
         InputError: if a tensor is missing, or does not fit the others or the model's hidden size.
     """
-    with Checkpoint([file]) as tensors:
+    with Checkpoint.open_file(file) as tensors:
         present = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
         check_modalities(present, modalities, str(file))
         embeds = tensors.read("inputs_embeds")

@@ -1,10 +1,11 @@
 """What a user asks for: a recipe, from YAML and to YAML, with errors that name the field."""
 
 import difflib
+import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -19,9 +20,13 @@ from pydantic import (
 
 from esmerge.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -84,6 +89,8 @@ class EmbeddingSignals(_Strict):
         p: its order.
         distance: between hidden states, for the gradients: `mse` (released code), `frobenius` (paper).
         tokens: whose positions count for the gradients: `primary` (released code), `all` (paper).
+        outside: coefficients of tensors outside the decoder layers (embeddings, final norm, head): the `mean` of the
+            layer-wise ones over the layers, `uniform`, or a number per specialist.
     """
 
     from_: Literal["embedding_signals"] = Field(alias="from")
@@ -95,25 +102,76 @@ class EmbeddingSignals(_Strict):
     p: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     distance: Literal["mse", "frobenius"] = "mse"
     tokens: Literal["primary", "all"] = "primary"
+    outside: Literal["mean", "uniform"] | dict[str, Finite] = "mean"
+
+    def outside_numbers(self, specialists: Sequence[str]) -> "Tensor":
+        """The coefficients outside the layers where they are given, float64 [S]."""
+        source: Any = self.outside
+        return FixedCoefficients.model_validate({"from": source}).numbers("", specialists)
 
 
 class FixedCoefficients(_Strict):
-    """The same coefficient everywhere: `uniform`, or a number per specialist."""
+    """The same coefficient everywhere: `uniform`, or a number per specialist.
 
-    from_: Literal["uniform"] | dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(alias="from")
-
-
-class MethodRecipe(_Strict):
-    """How the weighted deltas are combined.
-
-    Attributes:
-        name: `linear`, the weighted sum.
-        normalize: scale fixed coefficients to sum 1 (mergekit's default for `linear`); those from embedding
-            signals do so already.
+    Instead of a number, patterns of tensor names (`layers.0.*`, `*.mlp.*`, `*`) each with a number: the first that
+    matches a tensor's canonical name counts.
     """
 
-    name: Literal["linear"] = "linear"
-    normalize: bool = True
+    from_: Literal["uniform"] | dict[str, Finite | dict[str, Finite]] = Field(alias="from")
+
+    def numbers(self, tensor: str, specialists: Sequence[str]) -> "Tensor":
+        """The coefficients of a tensor, float64 [S]; `InputError` if no pattern matches it."""
+        import torch
+
+        if self.from_ == "uniform":
+            return torch.full((len(specialists),), 1 / len(specialists), dtype=torch.float64)
+        assert isinstance(self.from_, dict)
+        values = [_number(self.from_[name], tensor, name) for name in specialists]
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def _number(value: float | dict[str, float], tensor: str, specialist: str) -> float:
+    if not isinstance(value, dict):
+        return value
+    for pattern, number in value.items():
+        if fnmatch.fnmatchcase(tensor, pattern):
+            return number
+    raise InputError(f"coefficients.{specialist}: no pattern matches {tensor}; end with the pattern '*'.")
+
+
+class MethodRecipe(BaseModel):
+    """How the weighted deltas are combined: a name, and the parameters of `esmerge.methods.<name>`.
+
+    Their defaults are mergekit's: `linear`, `ties` and `della` divide by the weights, the others do not.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "linear"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        from esmerge.methods import METHODS
+
+        if self.name not in METHODS:
+            raise ValueError(f"name is {self.name!r}{_nearest(self.name, list(METHODS))} (known: {', '.join(METHODS)})")
+        parameters = METHODS[self.name].parameters
+        try:
+            parameters.model_validate(self.parameters)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                known = [info.alias or name for name, info in parameters.model_fields.items()]
+                has = f"known: {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"{field} is no parameter of {self.name}{_nearest(field, known)} ({has})") from error
+            raise ValueError(f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters, as the recipe gives them."""
+        return dict(self.model_extra or {})
 
 
 class OutputRecipe(_Strict):
@@ -185,8 +243,9 @@ class Recipe(_Strict):
         source = value["from"]
         if isinstance(source, dict):
             for name, number in source.items():
-                if not isinstance(number, int | float) or isinstance(number, bool):
-                    raise ValueError(f"{name} is {number!r}, expected a number")
+                for entry in number.values() if isinstance(number, dict) else [number]:
+                    if not isinstance(entry, int | float) or isinstance(entry, bool):
+                        raise ValueError(f"{name} is {entry!r}, expected a number")
         elif source not in ("embedding_signals", "uniform"):
             raise ValueError(f"from is {source!r}, expected embedding_signals, uniform or a number per specialist")
         kind = EmbeddingSignals if source == "embedding_signals" else FixedCoefficients
@@ -206,16 +265,11 @@ class Recipe(_Strict):
         if isinstance(self.coefficients, EmbeddingSignals):
             if self.probe is None:
                 raise ValueError("probe is missing; coefficients from embedding signals need one")
+            if isinstance(self.coefficients.outside, dict):
+                _check_keys("coefficients.outside", self.coefficients.outside, names)
         elif isinstance(self.coefficients.from_, dict):
-            given = self.coefficients.from_
-            for name in given:
-                if name not in names:
-                    raise ValueError(f"coefficients.{name}: no specialist has that name{_nearest(name, names)}")
-            for name in names:
-                if name not in given:
-                    raise ValueError(f"coefficients.{name} is missing; give a number for each specialist")
-            if self.method.normalize and sum(given.values()) == 0:
-                raise ValueError("coefficients sum to 0 and cannot be normalised; set method.normalize to false")
+            _check_keys("coefficients", self.coefficients.from_, names)
+            _check_weights(self.coefficients.from_)
         if self.space == "factors" and self.output.rank is not None:
             raise ValueError(
                 "output.rank: merged factors keep the specialists' rank; leave it out, or use space: weights"
@@ -223,6 +277,26 @@ class Recipe(_Strict):
         if self.output.format == "full" and self.output.rank is not None:
             logger.warning("output.rank has no effect on a full checkpoint")
         return self
+
+
+def _check_keys(field: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{field}.{name}: no specialist has that name{_nearest(name, names)}")
+    for name in names:
+        if name not in given:
+            raise ValueError(f"{field}.{name} is missing; give a number for each specialist")
+
+
+def _check_weights(given: Mapping[str, float | dict[str, float]]) -> None:
+    for name, value in given.items():
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if number < 0:
+                raise ValueError(
+                    f"coefficients.{name} is {number}; negative coefficients undo a specialist, use 0 or more"
+                )
+    if all(value == 0 for value in given.values()):
+        raise ValueError("coefficients are all 0, which gives the base back; at least one must be positive")
 
 
 class _NestedError(ValueError):
@@ -308,7 +382,6 @@ def _fields_at(location: Sequence[str]) -> list[str]:
         "specialists": SpecialistRecipe,
         "probe": ProbeRecipe,
         "coefficients": EmbeddingSignals,
-        "method": MethodRecipe,
         "output": OutputRecipe,
     }
     model = models[location[0] if location else ""]

@@ -1,9 +1,9 @@
 """The result folder: staged beside its place, filled, and renamed when it is complete."""
 
+import fcntl
 import json
 import platform
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -45,21 +44,52 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or is removed if anything fails."""
+def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its name at the end, or is removed if anything fails.
+
+    What a killed process left there is kept if `resume` is set and it was at the same work.
+
+    Args:
+        fingerprint: of the work.
+
+    Raises:
+        InputError: if the folder cannot be written, another process is at it, or what is there is other work.
+    """
     check_output(output)
+    staged = output.parent / f".{output.name}.partial"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        staged.mkdir(exist_ok=True)
+        lock = (staged / ".lock").open("w")
     except OSError as error:
         raise InputError(f"the output {output} cannot be written ({error.strerror}).") from error
-    try:
-        staged.chmod(0o755)
-        yield staged
-        staged.rename(output)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another process is writing {output}: wait for it, or choose another folder.") from error
+        mark = staged / ".fingerprint"
+        if resume and mark.exists() and mark.read_text() != fingerprint:
+            raise InputError(
+                f"what is left of {output} is of another recipe or of other inputs: start again without --resume."
+            )
+        try:
+            if not resume or not mark.exists():
+                _empty(staged)
+            mark.write_text(fingerprint)
+            yield staged
+            for file in (mark, staged / ".lock"):
+                file.unlink()
+            staged.rename(output)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != ".lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def copy_tokenizer(base: Path, folder: Path) -> None:
@@ -67,14 +97,14 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     _copy(base, folder, _TOKENIZER_FILES)
 
 
-def copy_model_files(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy tokenizer and configs of a full checkpoint, with the dtype of its weights where that changes."""
+def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Copy tokenizer and configs of a full checkpoint, with `changes` in its config.json."""
     _copy(base, folder, (*_TOKENIZER_FILES, *_CONFIG_FILES))
-    if dtype is not None:
-        config = json.loads((folder / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(folder / "config.json", config)
+    if changes:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "dtype" in changes:
+            config.pop("torch_dtype", None)
+        write_json(folder / "config.json", {**config, **changes})
 
 
 def _copy(base: Path, folder: Path, names: Sequence[str]) -> None:
@@ -169,7 +199,7 @@ def read_coefficients(folder: Path) -> StoredCoefficients:
     file = folder / COEFFICIENTS_FILE
     if not file.exists():
         raise InputError(f"{folder} is no esmerge result: it has no {COEFFICIENTS_FILE}.")
-    with Checkpoint([file]) as checkpoint:
+    with Checkpoint.open_file(file) as checkpoint:
         try:
             specialists, modalities = (json.loads(checkpoint.metadata[key]) for key in ("specialists", "modalities"))
         except (KeyError, ValueError) as error:

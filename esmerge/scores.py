@@ -24,21 +24,21 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class Score(Protocol):
-    """The score of one matrix for one specialist; NaN and infinite entries count as zero.
+    """The score of one tensor for one specialist; NaN and infinite entries count as zero.
 
     Attributes:
-        shape: of the matrix.
+        shape: of the tensor.
         mean, std: population mean and standard deviation of all its elements.
     """
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def mean(self) -> float: ...
     @property
     def std(self) -> float: ...
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the score, float32 [stop - start, in]."""
+        """Rows of the score, float32 [stop - start, ...]."""
         ...
 
 
@@ -98,8 +98,8 @@ class DenseScore:
     std: float
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
 
     def rows(self, start: int, stop: int) -> Tensor:
         if isinstance(self.values, Spooled):
@@ -108,7 +108,7 @@ class DenseScore:
 
 
 def dense_score(values: Tensor, scratch: Scratch | None = None) -> DenseScore:
-    """A score from accumulated absolute gradients [out, in], spooled if a scratch file is given."""
+    """A score from accumulated absolute gradients, spooled if a scratch file is given."""
     finite = torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
     std, mean = torch.std_mean(finite.double(), correction=0)
     return DenseScore(scratch.put(finite) if scratch else finite.cpu(), float(mean), float(std))
@@ -129,7 +129,7 @@ class PairScore:
     std: float
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.gradients.shape[0], self.inputs.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -10,14 +10,15 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from esmerge.attach import Observer, attached, is_linear
 from esmerge.backbone import Backbone, LayerArguments, run_layer
-from esmerge.deltas import LoraDelta, Observer, attached
+from esmerge.deltas import Delta, LoraDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
 from esmerge.probe import Probe
@@ -26,14 +27,19 @@ from esmerge.scores import Score, Scratch, dense_score, pair_score
 Distance = Literal["mse", "frobenius"]
 
 
-class Specialist(Protocol):
-    """What the signals need of a specialist: its name, which is its modality's, and its deltas by layer."""
+@dataclass(frozen=True)
+class ProbedSpecialist:
+    """A specialist as the probe sees it.
+
+    Attributes:
+        name: its own, which is its modality's.
+        layer_deltas: deltas of a decoder layer, by parameter name inside the layer.
+        norm_deltas: deltas of the norm after the last layer, by parameter name inside it.
+    """
 
     name: str
-
-    def layer_deltas(self, layer: int) -> dict[str, LoraDelta]:
-        """Deltas of decoder layer `layer`, by module name inside the layer."""
-        ...
+    layer_deltas: Callable[[int], dict[str, Delta]]
+    norm_deltas: Callable[[], dict[str, Delta]] = dict
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class EmbeddingSignals:
         distances: float64 [S, M, L], sliced Wasserstein distance between specialist and base.
         planes: float32 [M, 1 + S, L, K, 2], pooled embeddings of the base and the specialists on their first
             two principal axes, per modality and layer.
-        scores: by tensor name, one score per specialist. Tensor names are `layers.N.<module>.weight`, or
+        scores: by tensor name, one score per specialist. Tensor names are canonical (`layers.N.<module>.weight`);
             `layers.N.<module>.lora_a.weight` and `.lora_b.weight` for scores of factors.
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
     """
@@ -82,7 +88,7 @@ class EmbeddingSignals:
 
 def embedding_signals(
     backbone: Backbone,
-    specialists: Sequence[Specialist],
+    specialists: Sequence[ProbedSpecialist],
     probe: Probe,
     settings: SignalSettings,
     scratch: Scratch,
@@ -111,10 +117,12 @@ def embedding_signals(
     steps = backbone.num_layers * (1 + count)
     bar = tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress)
     for number, layer in enumerate(backbone.iterate_layers()):
-        norm = backbone.final_norm() if number == backbone.num_layers - 1 else nn.Identity()
+        last = number == backbone.num_layers - 1
+        norm = backbone.final_norm()[1] if last else nn.Identity()
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 base_states[index] = run_layer(layer, base_states[index], batch.arguments[number])
+            targets = [norm(state) for state in base_states]
         pooled = [_pool(base_states, batches)]
         bar.update()
         deltas = [specialist.layer_deltas(number) for specialist in specialists]
@@ -123,14 +131,18 @@ def embedding_signals(
             own = modalities.index(specialist.name)
             measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
             gradients = _gradients(settings.scores, deltas[i], touched, layer, batches, measured)
-            with attached(layer, gradients.deltas, gradients.observers):
+            with (
+                attached(layer, gradients.deltas, gradients.observers, gradients.leaves),
+                attached(norm, specialist.norm_deltas() if last else {}),
+            ):
+                gradients.start(layer)
                 for index, batch in enumerate(batches):
                     gradients.begin(batch)
                     with torch.set_grad_enabled(settings.scores is not None):
                         state = run_layer(layer, states[i][index], batch.arguments[number])
                         if settings.scores is not None:
                             masks = batch.masks[measured]
-                            gradients.collect(_distance(state, base_states[index], norm, masks, settings.distance))
+                            gradients.collect(_distance(state, targets[index], norm, masks, settings.distance))
                     states[i][index] = state.detach()
             for name, score in gradients.scores(scratch).items():
                 signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
@@ -176,12 +188,12 @@ def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
 
 
 def _distance(
-    state: Tensor, base_state: Tensor, norm: Callable[[Tensor], Tensor], masks: Tensor, distance: Distance
+    state: Tensor, target: Tensor, norm: Callable[[Tensor], Tensor], masks: Tensor, distance: Distance
 ) -> Tensor:
-    """Distance between two models' hidden states [B, T, H], summed over the modalities of `masks`."""
+    """Distance of hidden states [B, T, H], after `norm`, from the base's, summed over the modalities of `masks`."""
     total = state.new_zeros((), dtype=torch.float32)
     for mask in masks:
-        gap = norm(state[mask]).float() - norm(base_state[mask]).float()
+        gap = norm(state[mask]).float() - target[mask].float()
         total = total + (gap.square().mean() if distance == "mse" else gap.norm())
     return total
 
@@ -189,9 +201,13 @@ def _distance(
 class _Forward:
     """Runs a specialist without gradients; the base of the two that take them."""
 
-    def __init__(self, deltas: Mapping[str, LoraDelta]) -> None:
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
         self.deltas = dict(deltas)
         self.observers: dict[str, Observer] = {}
+        self.leaves: list[str] = []
+
+    def start(self, layer: nn.Module) -> None:
+        """Called once the deltas are attached to the layer."""
 
     def begin(self, batch: _Batch) -> None:
         """Called before each batch."""
@@ -207,19 +223,21 @@ class _Forward:
 class _FactorGradients(_Forward):
     """Gradient scores of the LoRA factors A and B as they are stored, without their scaling."""
 
-    def __init__(self, deltas: Mapping[str, LoraDelta]) -> None:
-        leaves = {
-            name: LoraDelta(delta.a.requires_grad_(), delta.b.requires_grad_(), delta.scaling)
-            for name, delta in deltas.items()
-        }
-        super().__init__(leaves)
-        self._leaves: dict[str, Tensor] = {}
-        for name, delta in leaves.items():
-            self._leaves |= {f"{name}.lora_a.weight": delta.a, f"{name}.lora_b.weight": delta.b}
-        self._totals = {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__(deltas)
+        leaves: dict[str, Tensor] = {}
+        for name, delta in deltas.items():
+            assert isinstance(delta, LoraDelta)
+            module = name.removesuffix(".weight")
+            leaves |= {
+                f"{module}.lora_a.weight": delta.a.requires_grad_(),
+                f"{module}.lora_b.weight": delta.b.requires_grad_(),
+            }
+        self._factors = leaves
+        self._totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
     def collect(self, distance: Tensor) -> None:
-        gradients = torch.autograd.grad(distance, list(self._leaves.values()), allow_unused=True)
+        gradients = torch.autograd.grad(distance, list(self._factors.values()), allow_unused=True)
         for total, gradient in zip(self._totals.values(), gradients, strict=True):
             if gradient is not None:
                 total += gradient.abs()
@@ -229,32 +247,38 @@ class _FactorGradients(_Forward):
 
 
 class _WeightGradients(_Forward):
-    """Gradient scores of the weights of all modules that any specialist changes.
+    """Gradient scores of all parameters that any specialist changes.
 
-    From each module's inputs and the gradients of its outputs; whichever is smaller is kept, those or the
-    matrices they multiply to.
+    For linear layers from their inputs and the gradients of their outputs; whichever is smaller is kept, those or the
+    matrices they multiply to. For other parameters from autograd.
     """
 
     def __init__(
         self,
-        deltas: Mapping[str, LoraDelta],
+        deltas: Mapping[str, Delta],
         touched: Sequence[str],
         layer: nn.Module,
         batches: Sequence[_Batch],
         measured: Sequence[int],
     ) -> None:
         super().__init__(deltas)
-        self.observers = dict.fromkeys(touched, self._observe)
+        linear = [name for name in touched if is_linear(layer, name)]
+        self.observers = dict.fromkeys(linear, self._observe)
+        self.leaves = [name for name in touched if name not in self.observers]
+        self._parameters: dict[str, nn.Parameter] = {}
         self._measured = measured
-        self._inputs: dict[str, list[Tensor]] = {name: [] for name in touched}
-        self._gradients: dict[str, list[Tensor]] = {name: [] for name in touched}
+        self._inputs: dict[str, list[Tensor]] = {name: [] for name in linear}
+        self._gradients: dict[str, list[Tensor]] = {name: [] for name in linear}
         self._totals: dict[str, Tensor] = {}
         tokens = sum(int(batch.reach(measured).sum()) for batch in batches)
         for name in touched:
-            weight = layer.get_parameter(f"{name}.weight")
+            weight = layer.get_parameter(name)
             pair_bytes = tokens * sum(weight.shape) * weight.dtype.itemsize
-            if pair_bytes >= weight.numel() * torch.float32.itemsize:
+            if name in self.leaves or pair_bytes >= weight.numel() * torch.float32.itemsize:
                 self._totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+    def start(self, layer: nn.Module) -> None:
+        self._parameters = {name: layer.get_parameter(name) for name in self.leaves}
 
     def begin(self, batch: _Batch) -> None:
         self._reach = batch.reach(self._measured)
@@ -269,20 +293,21 @@ class _WeightGradients(_Forward):
 
     def collect(self, distance: Tensor) -> None:
         distance.backward()
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._totals[name] += parameter.grad.float().abs()
+                parameter.grad = None
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
-        found: dict[str, Score] = {}
-        for name in self._inputs:
-            if name in self._totals:
-                found[f"{name}.weight"] = dense_score(self._totals.pop(name), scratch)
-            else:
-                found[f"{name}.weight"] = pair_score(self._inputs.pop(name), self._gradients.pop(name), scratch)
+        found: dict[str, Score] = {name: dense_score(total, scratch) for name, total in self._totals.items()}
+        for name in self._inputs.keys() - self._totals.keys():
+            found[name] = pair_score(self._inputs[name], self._gradients[name], scratch)
         return found
 
 
 def _gradients(
     scores: Literal["factors", "weights"] | None,
-    deltas: Mapping[str, LoraDelta],
+    deltas: Mapping[str, Delta],
     touched: Sequence[str],
     layer: nn.Module,
     batches: Sequence[_Batch],
@@ -296,7 +321,7 @@ def _gradients(
 
 
 def _blame(
-    responses: Tensor, number: int, layer: nn.Module, backbone: Backbone, specialists: Sequence[Specialist]
+    responses: Tensor, number: int, layer: nn.Module, backbone: Backbone, specialists: Sequence[ProbedSpecialist]
 ) -> str:
     """The sentence that names what made embeddings [M, 1 + S, K, H] of layer `number` infinite or NaN."""
     for name, parameter in layer.named_parameters():

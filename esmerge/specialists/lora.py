@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them."""
+"""LoRA adapters as PEFT saves them, with all that PEFT may put beside the factors."""
 
 import math
 import re
@@ -6,21 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import LoraDelta, canonical_name, layer_of
+from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, ValueDelta
 from esmerge.errors import InputError
+from esmerge.names import canonical_name
 from esmerge.sources import read_json
 
-_FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.default)?\.weight$")
+# What PEFT appends to a module's name, with or without the adapter's name; factors of embeddings are transposed.
+_PARTS = re.compile(
+    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.default)?(?P<leaf>\.weight|\.bias)?$"
+)
+_TOKENS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$")
+_SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.")
 
-# Fields of PEFT's LoraConfig that change what an adapter computes in a way that two factors and a scaling
-# do not express. Each must be absent or falsy.
+# Fields of PEFT's LoraConfig that change what an adapter computes in a way that its tensors do not show.
 _UNSUPPORTED = {
-    "use_dora": "DoRA magnitudes",
-    "lora_bias": "biases of the LoRA layers",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activation by invocation tokens (aLoRA)",
-    "trainable_token_indices": "trained tokens",
     "target_parameters": "LoRA on parameters that are no linear layers",
     "use_qalora": "QA-LoRA pooling",
     "use_bdlora": "block-diagonal LoRA",
@@ -32,98 +38,188 @@ _UNSUPPORTED = {
 
 
 class LoraSpecialist:
-    """A PEFT LoRA adapter: its deltas by module, read when they are asked for.
+    """A PEFT LoRA adapter: its deltas by tensor, read when they are asked for.
+
+    DoRA magnitudes, biases, modules_to_save, LoRA on embeddings and trained tokens are deltas of their tensors; a
+    tensor that is none of these is refused by name.
 
     Attributes:
         name: the specialist's name, which is its modality's.
         folder: of the adapter.
         config: its adapter_config.json.
-        modules: canonical name (`layers.N.<module>`) of each module it changes -> the module's name in the
-            base, as PEFT has it.
-        scalings: by canonical name: alpha/r, or alpha/sqrt(r) where use_rslora is set, with rank_pattern and
-            alpha_pattern applied.
+        modules: canonical name of each weight with plain low-rank factors -> the module's name in the base, as PEFT
+            has it.
+        ties_embeddings: whether what it does to the input embeddings holds for the output embeddings too.
 
     Raises:
-        InputError: if it is no LoRA, or holds anything that two factors per layer do not express.
+        InputError: if it is no LoRA, or holds anything that cannot be expressed as deltas.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
-        self.config = read_json(folder / "adapter_config.json")
+        self.config: Mapping[str, Any] = read_json(folder / "adapter_config.json")
         _check_type(self.config, folder / "adapter_config.json")
         self.checkpoint = Checkpoint.open(folder, "adapter_model")
+        self.ties_embeddings = bool(self.config.get("ensure_weight_tying"))
         self.modules: dict[str, str] = {}
-        self.scalings: dict[str, float] = {}
-        self._tensors: dict[str, dict[str, str]] = {}
+        # By canonical name of the weight: part (`lora_A.weight`, ...) -> the adapter's tensor.
+        self._parts: dict[str, dict[str, str]] = {}
+        self._values: dict[str, str] = {}
+        self._tokens: dict[str, str] = {}
         for tensor in self.checkpoint:
-            match = _FACTOR.match(tensor)
-            canonical = canonical_name(match[1]) if match else None
-            if match is None or canonical is None:
-                raise InputError(
-                    f"{self.checkpoint.info(tensor).file}: tensor {tensor} is no LoRA factor of a linear layer inside "
-                    "the decoder; such tensors cannot be merged and are never dropped: save the adapter without it."
-                )
-            factors = self._tensors.setdefault(canonical, {})
-            if match[2] in factors:
-                raise InputError(
-                    f"{folder} has layers in two places ({factors[match[2]]} and {tensor}); "
-                    "only adapters of one list of decoder layers can be merged."
-                )
-            factors[match[2]] = tensor
-            self.modules[canonical] = match[1].removeprefix("base_model.model.")
-        if not self._tensors:
+            self._classify(tensor)
+        if not len(self.checkpoint.tensors):
             raise InputError(f"{folder}: the adapter holds no tensors.")
         _check_variant(self.config, folder / "adapter_config.json")
-        for canonical, factors in self._tensors.items():
-            self.scalings[canonical] = self._check_factors(canonical, factors)
+        for weight in self._parts:
+            self._check_factors(weight)
 
-    def _check_factors(self, canonical: str, factors: Mapping[str, str]) -> float:
-        """The module's scaling, after its two factors were found to fit each other and the config."""
-        for letter in "AB":
-            if letter not in factors:
-                raise InputError(f"{self.folder}: {self.modules[canonical]} has no lora_{letter}.")
-        a, b = (self.checkpoint.info(factors[letter]) for letter in "AB")
+    def _classify(self, tensor: str) -> None:
+        if match := _PARTS.match(tensor):
+            weight = canonical_name(f"{match['module']}.weight")
+            self._add(self._parts.setdefault(weight, {}), match["part"] + (match["leaf"] or ""), tensor)
+            if match["part"] == "lora_A":
+                self.modules[weight] = match["module"].removeprefix("base_model.model.")
+        elif match := _TOKENS.match(tensor):
+            self._add(self._tokens, canonical_name(f"{match['module']}.weight"), tensor)
+        elif ".original_module." not in tensor:
+            self._add(self._values, canonical_name(_SAVED.sub(".", tensor)), tensor)
+
+    def _add(self, found: dict[str, str], key: str, tensor: str) -> None:
+        if key in found:
+            raise InputError(
+                f"{self.folder} has one tensor in two places ({found[key]} and {tensor}); "
+                "only adapters of one list of decoder layers can be merged."
+            )
+        found[key] = tensor
+
+    def _check_factors(self, weight: str) -> None:
+        """Find out whether the factors of a weight fit each other and the config."""
+        parts = self._parts[weight]
+        letters = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else _FACTORS
+        for part in letters:
+            if part not in parts:
+                raise InputError(f"{self.folder}: {next(iter(parts.values()))} has no {part} beside it.")
+        a, b = (self.checkpoint.info(parts[part]) for part in letters)
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise InputError(
-                f"{a.file}: {factors['A']} has shape {list(a.shape)} and {factors['B']} {list(b.shape)}; "
+                f"{a.file}: {parts[letters[0]]} has shape {list(a.shape)} and {parts[letters[1]]} {list(b.shape)}; "
                 "expected [r, in] and [out, r]."
             )
-        rank = a.shape[0]
-        module = self.modules[canonical]
-        stated = _from_pattern(self.config.get("rank_pattern"), module, self.config["r"])
-        if stated != rank:
+        stated = _from_pattern(self.config.get("rank_pattern"), self._module(weight), self.config["r"])
+        if stated != a.shape[0]:
             raise InputError(
-                f"{a.file}: {factors['A']} has rank {rank}, adapter_config.json says {stated} "
+                f"{a.file}: {parts[letters[0]]} has rank {a.shape[0]}, adapter_config.json says {stated} "
                 "(r and rank_pattern): one of them belongs to another adapter."
             )
+
+    def _module(self, weight: str) -> str:
+        part = next(iter(self._parts[weight].values()))
+        match = _PARTS.match(part)
+        assert match is not None
+        return match["module"].removeprefix("base_model.model.")
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors that it changes."""
+        biases = [_bias_of(weight) for weight, parts in self._parts.items() if "lora_B.bias" in parts]
+        return [*self._parts, *biases, *self._values, *self._tokens]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it consists of pairs of factors alone."""
+        return set(self.names) == set(self.modules) and all(set(p) == set(_FACTORS) for p in self._parts.values())
+
+    def stored_as(self, name: str) -> str:
+        """The adapter's tensor behind a canonical name, for messages."""
+        if name in self._parts:
+            parts = self._parts[name]
+            return next((parts[part] for part in parts if part not in _FACTORS), next(iter(parts.values())))
+        if name in self._values or name in self._tokens:
+            return self._values.get(name) or self._tokens[name]
+        return self._parts[name.removesuffix("bias") + "weight"]["lora_B.bias"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor that the canonical name stands for, as the specialist has it."""
+        if name in self._values:
+            return self.checkpoint.info(self._values[name]).shape
+        parts = self._parts.get(name)
+        if parts is None:
+            tensor = self._tokens.get(name)
+            # The bias of a LoRA branch; trained tokens fit any number of rows.
+            return () if tensor else self.checkpoint.info(self.stored_as(name)).shape
+        if "lora_embedding_A" in parts:
+            a, b = (self.checkpoint.info(parts[part]).shape for part in ("lora_embedding_A", "lora_embedding_B"))
+            return a[1], b[0]
+        a, b = (self.checkpoint.info(parts[part]).shape for part in _FACTORS)
+        return b[0], a[1]
+
+    def rank(self, weight: str) -> int:
+        """Rank of a weight's delta."""
+        parts = self._parts[weight]
+        return self.checkpoint.info(parts.get("lora_A.weight") or parts["lora_embedding_A"]).shape[0]
+
+    def scaling(self, weight: str) -> float:
+        """alpha/r, or alpha/sqrt(r) with use_rslora; with rank_pattern and alpha_pattern applied."""
+        module = self._module(weight)
         alpha = _from_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        rank = self.rank(weight)
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
-    def delta_shape(self, canonical: str) -> tuple[int, int]:
-        """[out, in] of a module's delta."""
-        factors = self._tensors[canonical]
-        return self.checkpoint.info(factors["B"]).shape[0], self.checkpoint.info(factors["A"]).shape[1]
+    def delta(self, name: str, shape: tuple[int, ...]) -> Delta:
+        """The delta of one tensor.
 
-    def rank(self, canonical: str) -> int:
-        """Rank of a module's delta."""
-        return self.checkpoint.info(self._tensors[canonical]["A"]).shape[0]
+        Args:
+            name: canonical.
+            shape: of the base's tensor.
 
-    def delta(self, canonical: str) -> LoraDelta:
-        """The delta of one module, in float32; `InputError` if it has NaN or infinite values."""
-        factors = {}
-        for letter, tensor in self._tensors[canonical].items():
-            factors[letter] = self.checkpoint.read(tensor).float()
-            if not factors[letter].isfinite().all():
-                raise InputError(
-                    f"{self.checkpoint.info(tensor).file}: tensor {tensor} has NaN or infinite values; "
-                    "save or download the adapter again."
-                )
-        return LoraDelta(factors["A"], factors["B"], self.scalings[canonical])
+        Raises:
+            InputError: if it has NaN or infinite values.
+        """
+        if name in self._values:
+            return ValueDelta(self.checkpoint, self._values[name])
+        if name in self._tokens:
+            values = self._read(self._tokens[name])
+            return RowDelta(self._token_indices(name, len(values)), values, shape)
+        if name not in self._parts:
+            weight = name.removesuffix("bias") + "weight"
+            return ShiftDelta(self._read(self._parts[weight]["lora_B.bias"]) * self.scaling(weight))
+        parts = self._parts[name]
+        if "lora_embedding_A" in parts:
+            a, b = self._read(parts["lora_embedding_B"]).T, self._read(parts["lora_embedding_A"]).T
+            return LoraDelta(a.contiguous(), b.contiguous(), self.scaling(name))
+        lora = LoraDelta(self._read(parts["lora_A.weight"]), self._read(parts["lora_B.weight"]), self.scaling(name))
+        magnitude = next((parts[part] for part in parts if part.startswith("lora_magnitude_vector")), None)
+        return DoraDelta(lora, self._read(magnitude)) if magnitude else lora
 
-    def layer_deltas(self, layer: int) -> dict[str, LoraDelta]:
-        """Deltas of decoder layer `layer`, by module name inside the layer."""
-        return {layer_of(name)[1]: self.delta(name) for name in self.modules if layer_of(name)[0] == layer}
+    def _token_indices(self, name: str, count: int) -> Tensor:
+        stated = self.config.get("trainable_token_indices")
+        if isinstance(stated, dict):
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            stated = stated.get(module)
+        if not isinstance(stated, list) or len(stated) != count:
+            raise InputError(
+                f"{self.folder}: {self._tokens[name]} holds {count} trained tokens, which adapter_config.json "
+                f"(trainable_token_indices) does not name."
+            )
+        return torch.tensor(stated)
+
+    def _read(self, tensor: str) -> Tensor:
+        values = self.checkpoint.read(tensor).float()
+        if not values.isfinite().all():
+            raise InputError(
+                f"{self.checkpoint.info(tensor).file}: tensor {tensor} has NaN or infinite values; "
+                "save or download the adapter again."
+            )
+        return values
+
+
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 def _check_type(config: Mapping[str, Any], file: Path) -> None:
@@ -138,8 +234,8 @@ def _check_variant(config: Mapping[str, Any], file: Path) -> None:
     for field, meaning in _UNSUPPORTED.items():
         if config.get(field):
             raise InputError(
-                f"{file}: {field} is set; {meaning} cannot be merged as low-rank factors: "
-                "merge the adapter into its base and save it as LoRA, or train without it."
+                f"{file}: {field} is set; {meaning} cannot be expressed as deltas of tensors: "
+                "merge the adapter into its base and give the full checkpoint, or train without it."
             )
     if config.get("fan_in_fan_out"):
         raise InputError(f"{file}: fan_in_fan_out is set; adapters of Conv1D layers cannot be merged.")

@@ -1,0 +1,226 @@
+"""Sparsify, weigh, elect a sign, add: task arithmetic on sparse deltas.
+
+Each method is a way to sparsify, with or without the election of a sign.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esmerge.methods.arithmetic import divided, scaled_sum
+from esmerge.methods.registry import Finite, Fraction, Sparsifier, merging_method
+from esmerge.methods.sparsify import (
+    CACHE_ELEMENTS,
+    keep_largest,
+    keep_middle,
+    keep_random,
+    keep_random_by_magnitude,
+)
+
+
+def elected_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = True, lambda_: float = 1.0) -> Tensor:
+    """Sum of the weighted deltas that agree with the sign of their total (TIES, arXiv 2306.01708, section 3).
+
+    The sign of each element is that of the sum of all weighted deltas, positive if that is zero; only elements of
+    that sign are added up.
+
+    Args:
+        normalize: divide each element by the sum of the weights that took part in it.
+        lambda_: scale of the result.
+    """
+    merged = torch.empty_like(deltas[0])
+    flat = [delta.reshape(-1) for delta in deltas]
+    whole = weights.expand(len(deltas), *deltas[0].shape).reshape(len(deltas), -1) if weights[0].numel() > 1 else None
+    for start in range(0, merged.numel(), CACHE_ELEMENTS):
+        span = slice(start, start + CACHE_ELEMENTS)
+        block_weights = weights.reshape(len(deltas), 1) if whole is None else whole[:, span]
+        weighted = [weight * delta[span] for weight, delta in zip(block_weights, flat, strict=True)]
+        total = torch.stack(weighted).sum(dim=0)
+        sign = torch.where(total >= 0, 1.0, -1.0)
+        total.zero_()
+        divisor = torch.zeros_like(total)
+        for weight, part in zip(block_weights, weighted, strict=True):
+            agrees = part * sign > 0
+            total += part * agrees
+            if normalize:
+                divisor += weight * agrees
+        merged.view(-1)[span] = divided(total, divisor) if normalize else total
+    return merged.mul_(lambda_)
+
+
+def _sparse(deltas: Sequence[Tensor], sparsifier: Sparsifier, **parameters: object) -> list[Tensor]:
+    """Each delta, whole, sparsified."""
+    return [sparsifier(lambda delta=delta: [delta], delta.numel(), **parameters)(delta) for delta in deltas]
+
+
+@merging_method(combine=scaled_sum, sparsify=keep_largest)
+def magnitude_prune(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+) -> Tensor:
+    """Task arithmetic on the largest elements of each delta (as PEFT's `magnitude_prune`).
+
+    Args:
+        density: share of elements kept, by magnitude.
+        normalize: divide by the sum of the weights.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_largest, density=density)
+    return scaled_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=elected_sum, sparsify=keep_largest)
+def ties(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    normalize: bool = True,
+    lambda_: Finite = 1.0,
+) -> Tensor:
+    """Trim, elect sign, merge (Yadav et al. 2023, arXiv 2306.01708, algorithm 1).
+
+    Args:
+        density: share of elements kept, by magnitude.
+        normalize: divide each element by the weights that took part in it.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_largest, density=density)
+    return elected_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=scaled_sum, sparsify=keep_random)
+def dare_linear(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drop at random and rescale, then add (Yu et al. 2024, "DARE", arXiv 2311.03099, section 3.2).
+
+    Args:
+        density: share of elements kept; the kept ones are divided by it.
+        normalize: divide by the sum of the weights.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_random, density=density, generator=generator)
+    return scaled_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=elected_sum, sparsify=keep_random)
+def dare_ties(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drop at random and rescale (DARE, arXiv 2311.03099), then elect sign and merge as TIES does.
+
+    Args:
+        density: share of elements kept; the kept ones are divided by it.
+        normalize: divide each element by the weights that took part in it.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_random, density=density, generator=generator)
+    return elected_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=scaled_sum, sparsify=keep_middle)
+def breadcrumbs(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    gamma: Fraction = 0.01,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+) -> Tensor:
+    """Drop the smallest and the very largest elements, then add (Davari & Belilovsky 2023, arXiv 2312.06795, eq. 2).
+
+    Args:
+        density: share of elements kept.
+        gamma: share of largest magnitudes left out.
+        normalize: divide by the sum of the weights.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_middle, density=density, gamma=gamma)
+    return scaled_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=elected_sum, sparsify=keep_middle)
+def breadcrumbs_ties(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    gamma: Fraction = 0.01,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+) -> Tensor:
+    """Breadcrumbs (arXiv 2312.06795), then elect sign and merge as TIES does.
+
+    Args:
+        density: share of elements kept.
+        gamma: share of largest magnitudes left out.
+        normalize: divide each element by the weights that took part in it.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_middle, density=density, gamma=gamma)
+    return elected_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=scaled_sum, sparsify=keep_random_by_magnitude)
+def della_linear(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    epsilon: Fraction = 0.15,
+    normalize: bool = False,
+    lambda_: Finite = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drop at random, small elements rather than large ones, rescale, then add (Deep et al. 2024, arXiv 2406.11617).
+
+    Args:
+        density: mean share of elements kept.
+        epsilon: half the spread of the keeping probabilities over the ranks of a row.
+        normalize: divide by the sum of the weights.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_random_by_magnitude, density=density, epsilon=epsilon, generator=generator)
+    return scaled_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
+
+
+@merging_method(combine=elected_sum, sparsify=keep_random_by_magnitude)
+def della(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    density: Fraction = 1.0,
+    epsilon: Fraction = 0.15,
+    normalize: bool = True,
+    lambda_: Finite = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """DELLA (arXiv 2406.11617, section 3): MagPrune, then elect sign and merge.
+
+    Args:
+        density: mean share of elements kept.
+        epsilon: half the spread of the keeping probabilities over the ranks of a row.
+        normalize: divide each element by the weights that took part in it.
+        lambda_: scale of the result.
+    """
+    sparse = _sparse(deltas, keep_random_by_magnitude, density=density, epsilon=epsilon, generator=generator)
+    return elected_sum(sparse, weights, normalize=normalize, lambda_=lambda_)

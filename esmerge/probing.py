@@ -1,0 +1,79 @@
+"""From a plan to embedding signals: builds the probe and sends it through base and specialists."""
+
+import torch
+
+from esmerge.backbone import Backbone
+from esmerge.deltas import Delta, LoraDelta
+from esmerge.errors import InputError
+from esmerge.names import inner_name, natural_order
+from esmerge.plan import Plan, Target
+from esmerge.probe import Probe, read_items, read_tensors, text_probe
+from esmerge.recipe import EmbeddingSignals
+from esmerge.scores import Scratch
+from esmerge.signals import EmbeddingSignals as Signals
+from esmerge.signals import ProbedSpecialist, SignalSettings, embedding_signals
+
+
+def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> Signals:
+    """Measure the embedding signals that a plan's recipe asks for."""
+    recipe, settings = plan.recipe, plan.recipe.coefficients
+    assert isinstance(settings, EmbeddingSignals) and recipe.probe is not None
+    dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
+    backbone = Backbone(plan.base.folder, dtype, recipe.device)
+    return embedding_signals(
+        backbone,
+        [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
+        make_probe(plan, backbone),
+        SignalSettings(
+            scores=None if settings.granularity == "layer" else recipe.space,
+            projections=settings.projections,
+            p=settings.p,
+            distance=settings.distance,
+            tokens=settings.tokens,
+            seed=recipe.seed,
+            keep_responses=recipe.output.signals,
+        ),
+        scratch,
+        progress,
+    )
+
+
+def _probed(plan: Plan, index: int, backbone: Backbone) -> ProbedSpecialist:
+    specialist = plan.specialists[index]
+    norm_name = backbone.final_norm()[0]
+
+    def delta(target: Target) -> Delta:
+        found = specialist.delta(target.changed[index] or "", target.shape)
+        return found.to(backbone.device) if isinstance(found, LoraDelta) else found
+
+    def layer_deltas(number: int) -> dict[str, Delta]:
+        chosen = [target for target in plan.merged if target.layer == number and target.changed[index]]
+        return {
+            inner_name(target.name): delta(target) for target in sorted(chosen, key=lambda t: natural_order(t.name))
+        }
+
+    def norm_deltas() -> dict[str, Delta]:
+        chosen = [t for t in plan.merged if t.changed[index] and t.name.rpartition(".")[0] == norm_name]
+        return {target.name.rpartition(".")[2]: delta(target) for target in chosen}
+
+    return ProbedSpecialist(specialist.name, layer_deltas, norm_deltas)
+
+
+def make_probe(plan: Plan, backbone: Backbone) -> Probe:
+    """The recipe's probe, from ready tensors or from text."""
+    recipe, names = plan.recipe.probe, list(plan.recipe.specialists)
+    assert recipe is not None
+    if recipe.tensors is not None:
+        return read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size)
+    from transformers import AutoTokenizer
+
+    assert recipe.data is not None and recipe.samples is not None and recipe.template is not None
+    items = {name: read_items(plan.path(recipe.data[name]), recipe.samples, name) for name in names}
+    chat_template = recipe.chat_template
+    if chat_template is not None and plan.path(chat_template).is_file():
+        chat_template = plan.path(chat_template).read_text(encoding="utf-8")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
+    return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template)

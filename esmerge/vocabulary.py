@@ -1,0 +1,115 @@
+"""Vocabularies of specialists that have tokens of their own, and the one of the result."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esmerge.errors import InputError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of the result's embeddings.
+
+    Attributes:
+        size: number of rows.
+        owners: row -> the specialists (their indices) that alone have it: because the base has no such row, or no
+            token there while they have. Other rows are merged.
+        added: entries of tokenizer.json for the tokens that the base does not have, by ascending id.
+    """
+
+    size: int
+    owners: dict[int, list[int]] = field(default_factory=dict)
+    added: list[dict[str, Any]] = field(default_factory=list)
+
+
+def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Path, int]]) -> Vocabulary:
+    """The union of the base's vocabulary and the specialists'.
+
+    Args:
+        base: the base's folder.
+        rows: of the base's embeddings.
+        specialists: name, folder and number of rows of each.
+
+    Raises:
+        InputError: if one id stands for two tokens.
+    """
+    known = _tokens(base)
+    entries = _added_tokens(base)
+    source = dict.fromkeys(known, "the base")
+    owners: dict[int, list[int]] = {}
+    added: dict[int, dict[str, Any]] = {}
+    for index, (name, folder, count) in enumerate(specialists):
+        own = _tokens(folder)
+        for token_id, token in own.items():
+            if token_id in source and known[token_id] != token:
+                raise InputError(
+                    f"token {token_id} is {known[token_id]!r} in {source[token_id]} and {token!r} in {name}: "
+                    "their vocabularies cannot be joined; move one of the tokens to a free id."
+                )
+            if (known and token_id not in source) or token_id in added:
+                owners.setdefault(token_id, []).append(index)
+                added[token_id] = _added_tokens(folder).get(token_id, {"id": token_id, "content": token})
+                known[token_id] = token
+                source[token_id] = name
+        for row in range(rows, count):
+            if index not in owners.setdefault(row, []):
+                owners[row].append(index)
+    size = max([rows, *(count for _, _, count in specialists)])
+    wanted = [added[token_id] for token_id in sorted(added) if token_id not in entries]
+    return Vocabulary(size, {row: owned for row, owned in owners.items() if row < size}, wanted)
+
+
+def write_tokenizer(base: Path, folder: Path, vocabulary: Vocabulary) -> None:
+    """Add the specialists' tokens to the copy of the base's tokenizer in `folder`."""
+    if not vocabulary.added:
+        return
+    content = _read(folder / TOKENIZER_FILE)
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [*content.get("added_tokens", []), *({**defaults, **entry} for entry in vocabulary.added)]
+    ids = {*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"])}
+    missing = next((token_id for token_id in range(max(ids)) if token_id not in ids), None)
+    if missing is not None:
+        raise InputError(f"the joined vocabulary has no token {missing}: a tokenizer needs ids without gaps.")
+    (folder / TOKENIZER_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    config_file = folder / "tokenizer_config.json"
+    if config_file.exists():
+        config = _read(config_file)
+        if "added_tokens_decoder" in config:
+            for entry in vocabulary.added:
+                decoded = {key: value for key, value in {**defaults, **entry}.items() if key != "id"}
+                config["added_tokens_decoder"][str(entry["id"])] = decoded
+            config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is no valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold a JSON object.")
+    return content
+
+
+def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    file = folder / TOKENIZER_FILE
+    return {entry["id"]: entry for entry in _read(file).get("added_tokens", [])} if file.exists() else {}
+
+
+def _tokens(folder: Path) -> dict[int, str]:
+    """Id -> token; empty for a folder without a tokenizer."""
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        return {}
+    content = _read(file)
+    vocab = content.get("model", {}).get("vocab", {})
+    if isinstance(vocab, list):  # unigram models: [[token, score], ...]
+        tokens = {index: entry[0] for index, entry in enumerate(vocab)}
+    else:
+        tokens = {token_id: token for token, token_id in vocab.items()}
+    return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
