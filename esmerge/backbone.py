@@ -52,6 +52,12 @@ class Backbone:
         for module_name, module in self.body.named_modules():
             if module not in outer:
                 self._materialize(module, module_name, recurse=False)
+                for name, parameter in module.named_parameters(module_name, recurse=False):
+                    if not parameter.isfinite().all():
+                        raise InputError(
+                            f"{folder}: tensor {self._find(name)} has NaN or infinite values; "
+                            "download or save the base again."
+                        )
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(self.device))
@@ -97,6 +103,10 @@ class Backbone:
                 f"{self.checkpoint.info(stored).shape[0]} rows: use the tokenizer that belongs to the base."
             )
         rows = self.checkpoint.read_rows(stored, tokens).to(self.device, self.dtype)
+        if not rows.isfinite().all():
+            raise InputError(
+                f"{self.folder}: tensor {stored} has NaN or infinite values; download or save the base again."
+            )
         meta = embedding.weight
         # The module itself looks the rows up, so that models that scale their embeddings do so here too.
         embedding.weight = nn.Parameter(rows, requires_grad=False)

@@ -66,6 +66,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if 8 + length > size:
                 raise InputError(f"{file} is truncated or no safetensors file: download or save it again.")
             header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("no JSON object")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -83,7 +85,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             info = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
             if end - start != info.nbytes:
                 raise InputError(f"{file}: tensor {name} has {end - start} bytes, its shape needs {info.nbytes}.")
-            if info.offset + info.nbytes > size:
+            if start < 0 or info.offset + info.nbytes > size:
                 raise InputError(f"{file} is truncated inside tensor {name}: download or save it again.")
             infos[name] = info
     except (KeyError, TypeError, ValueError) as error:

@@ -96,6 +96,10 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2, debug)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            _fail("interrupted; nothing was written.", 130, debug)
+        raise
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written.", 130, debug)
     except OSError as error:

@@ -99,6 +99,14 @@ def read_tensors(file: Path, modalities: Sequence[str], batch_size: int, hidden_
         InputError: if a tensor is missing, or does not fit the others or the model's hidden size.
     """
     with Checkpoint.open_file(file) as tensors:
+        for name in ("inputs_embeds", "attention_mask"):
+            if name not in tensors:
+                raise InputError(f"{file} has no tensor {name}.")
+        if len(tensors.info("attention_mask").shape) != 2:
+            raise InputError(
+                f"{file}: attention_mask has shape {list(tensors.info('attention_mask').shape)}, "
+                "expected [inputs, positions]."
+            )
         present = [name.removeprefix("mask.") for name in tensors if name.startswith("mask.")]
         check_modalities(present, modalities, str(file))
         embeds = tensors.read("inputs_embeds")
@@ -196,20 +204,16 @@ def tokenize(
             "Jinja template or a file that holds one."
         )
     prompts = []
+    before = _rendered(tokenizer, _MARK, chat_template).partition(_MARK)[0]
     for row in items:
         content, spans = fill_template(template, row)
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        # Templates commonly strip a turn's outer white space.
-        stripped = content.strip()
-        offset = text.rfind(stripped)
-        if offset < 0:
-            raise InputError("the chat template changes the prompt's text, so its modalities cannot be located.")
-        offset -= len(content) - len(content.lstrip())
+        text = _rendered(tokenizer, content, chat_template)
+        offset = len(before)
+        if not text.startswith(before + content):
+            # Templates commonly strip a turn's outer white space.
+            offset -= len(content) - len(content.lstrip())
+            if not text.startswith(before + content.strip()):
+                raise InputError("the chat template changes the prompt's text, so its modalities cannot be located.")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = torch.tensor(encoded["offset_mapping"]).unbind(dim=1)
         masks = {}
@@ -219,6 +223,25 @@ def tokenize(
         ids = torch.tensor(encoded["input_ids"][:length])
         prompts.append((ids, {name: mask[:length] for name, mask in masks.items()}))
     return prompts
+
+
+# Stands for the prompt where its place in the chat template is looked up: a private character, in no one's text.
+_MARK = "\ue000"
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", content: str, chat_template: str | None) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except TemplateError as error:
+        where = "probe.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
+        raise InputError(f"{where} cannot be used as a Jinja template: {error}") from error
 
 
 def left_padded(rows: Sequence[Tensor]) -> Tensor:

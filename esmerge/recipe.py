@@ -352,7 +352,10 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(entry, dict):
             raise InputError(f"--set {override}: {parent} is {entry!r} in the recipe and has no fields.")
         content = entry
-    content[leaf] = yaml.safe_load(value)
+    try:
+        content[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is no valid YAML; quote it if it is text.") from error
 
 
 def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:

@@ -39,7 +39,7 @@ _CONFIG_FILES = ("config.json", "generation_config.json")
 
 def check_output(output: Path) -> None:
     """Raise `InputError` if the output exists or its folder cannot be written."""
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise InputError(f"the output {output} exists: choose another folder or remove it first.")
 
 

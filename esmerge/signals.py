@@ -115,52 +115,76 @@ def embedding_signals(
         torch.zeros(len(modalities), 1 + count, backbone.num_layers, probe.size, 2),
     )
     steps = backbone.num_layers * (1 + count)
-    bar = tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress)
-    for number, layer in enumerate(backbone.iterate_layers()):
-        last = number == backbone.num_layers - 1
-        norm = backbone.final_norm()[1] if last else nn.Identity()
-        with torch.no_grad():
-            for index, batch in enumerate(batches):
-                base_states[index] = run_layer(layer, base_states[index], batch.arguments[number])
-            targets = [norm(state) for state in base_states]
-        pooled = [_pool(base_states, batches)]
-        bar.update()
-        deltas = [specialist.layer_deltas(number) for specialist in specialists]
-        touched = sorted(set().union(*deltas))
-        for i, specialist in enumerate(specialists):
-            own = modalities.index(specialist.name)
-            measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
-            gradients = _gradients(settings.scores, deltas[i], touched, layer, batches, measured)
-            with (
-                attached(layer, gradients.deltas, gradients.observers, gradients.leaves),
-                attached(norm, specialist.norm_deltas() if last else {}),
-            ):
-                gradients.start(layer)
+    with tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress) as bar:
+        for number, layer in enumerate(backbone.iterate_layers()):
+            last = number == backbone.num_layers - 1
+            norm = backbone.final_norm()[1] if last else nn.Identity()
+            with torch.no_grad():
                 for index, batch in enumerate(batches):
-                    gradients.begin(batch)
-                    with torch.set_grad_enabled(settings.scores is not None):
-                        state = run_layer(layer, states[i][index], batch.arguments[number])
-                        if settings.scores is not None:
-                            masks = batch.masks[measured]
-                            gradients.collect(_distance(state, targets[index], norm, masks, settings.distance))
-                    states[i][index] = state.detach()
-            for name, score in gradients.scores(scratch).items():
-                signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
-            pooled.append(_pool(states[i], batches))
+                    base_states[index] = run_layer(layer, base_states[index], batch.arguments[number])
+                targets = [norm(state) for state in base_states]
+            pooled = [_pool(base_states, batches)]
             bar.update()
-        responses = torch.stack(pooled, dim=1)
-        if not responses.isfinite().all():
-            raise InputError(_blame(responses, number, layer, backbone, specialists))
-        for t, modality in enumerate(modalities):
-            for i in range(count):
-                pair = standardize_together(responses[t, 0].double(), responses[t, 1 + i].double())
-                signals.distances[i, t, number] = sliced_wasserstein(*pair, directions, settings.p)
-            plane = principal_plane(responses[t].flatten(0, 1).float())
-            signals.planes[t, :, number] = plane.view(1 + count, probe.size, 2)
-            if settings.keep_responses:
-                signals.responses[modality, number] = responses[t].cpu()
-    bar.close()
+            deltas = [specialist.layer_deltas(number) for specialist in specialists]
+            touched = sorted(set().union(*deltas))
+            for i, specialist in enumerate(specialists):
+                own = modalities.index(specialist.name)
+                measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
+                gradients = _gradients(settings.scores, deltas[i], touched, layer, batches, measured)
+                with attached(norm, specialist.norm_deltas() if last else {}):
+                    _advance(layer, number, batches, states[i], gradients, targets, norm, measured, settings.distance)
+                for name, score in gradients.scores(scratch).items():
+                    signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
+                pooled.append(_pool(states[i], batches))
+                bar.update()
+            responses = torch.stack(pooled, dim=1)
+            if not responses.isfinite().all():
+                raise InputError(_blame(responses, number, layer, backbone, specialists))
+            _compare(signals, responses, number, directions, modalities, settings)
     return signals
+
+
+def _advance(
+    layer: nn.Module,
+    number: int,
+    batches: Sequence["_Batch"],
+    states: list[Tensor],
+    gradients: "_Forward",
+    targets: Sequence[Tensor],
+    norm: Callable[[Tensor], Tensor],
+    measured: Sequence[int],
+    distance: Distance,
+) -> None:
+    """Push a specialist's hidden states through its version of a layer, and collect gradients inside it."""
+    with attached(layer, gradients.deltas, gradients.observers, gradients.leaves):
+        gradients.start(layer)
+        for index, batch in enumerate(batches):
+            gradients.begin(batch)
+            with torch.set_grad_enabled(gradients.wanted):
+                state = run_layer(layer, states[index], batch.arguments[number])
+                if gradients.wanted:
+                    gradients.collect(_distance(state, targets[index], norm, batch.masks[measured], distance))
+            states[index] = state.detach()
+
+
+def _compare(
+    signals: EmbeddingSignals,
+    responses: Tensor,
+    number: int,
+    directions: Tensor,
+    modalities: Sequence[str],
+    settings: SignalSettings,
+) -> None:
+    """Enter what the responses [M, 1 + S, K, H] of a layer say about the distance of each specialist."""
+    count, size = responses.shape[1] - 1, responses.shape[2]
+    for t, modality in enumerate(modalities):
+        for i in range(count):
+            pair = standardize_together(responses[t, 0].double(), responses[t, 1 + i].double())
+            signals.distances[i, t, number] = sliced_wasserstein(*pair, directions, settings.p)
+        plane = principal_plane(responses[t].flatten(0, 1).float())
+        signals.planes[t, :, number] = plane.view(1 + count, size, 2)
+        if settings.keep_responses:
+            signals.responses[modality, number] = responses[t].cpu()
 
 
 @dataclass(frozen=True)
@@ -199,7 +223,13 @@ def _distance(
 
 
 class _Forward:
-    """Runs a specialist without gradients; the base of the two that take them."""
+    """Runs a specialist without gradients; the base of the two that take them.
+
+    Attributes:
+        wanted: whether there are parameters whose gradients are to be collected.
+    """
+
+    wanted = False
 
     def __init__(self, deltas: Mapping[str, Delta]) -> None:
         self.deltas = dict(deltas)
@@ -234,6 +264,7 @@ class _FactorGradients(_Forward):
                 f"{module}.lora_b.weight": delta.b.requires_grad_(),
             }
         self._factors = leaves
+        self.wanted = bool(leaves)
         self._totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
     def collect(self, distance: Tensor) -> None:
@@ -262,6 +293,7 @@ class _WeightGradients(_Forward):
         measured: Sequence[int],
     ) -> None:
         super().__init__(deltas)
+        self.wanted = bool(touched)
         linear = [name for name in touched if is_linear(layer, name)]
         self.observers = dict.fromkeys(linear, self._observe)
         self.leaves = [name for name in touched if name not in self.observers]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from esmerge import results
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.deltas import Delta, ValueDelta
+from esmerge.errors import InputError
 from esmerge.merging import Merger, Statistics, TensorStream, merge_factors, merge_low_rank, merged_blocks
 from esmerge.plan import Plan, Target, agreed, common_scaling
 from esmerge.specialists import LoraSpecialist
@@ -92,25 +93,31 @@ def write_full(plan: Plan, merger: Merger, folder: Path, progress: bool) -> dict
     }
     writer = CheckpointWriter(folder, layout)
 
+    def write_rows(target: Target, start: int, rows: Tensor) -> None:
+        # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
+        if rows.is_floating_point() and not rows.sum(dtype=torch.float64).isfinite():
+            raise InputError(_not_finite(plan, target))
+        writer.write_rows(target.written, start, rows)
+
     def write(target: Target) -> None:
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
         noted = [target.name]
         if not target.merged:
             noted = []
             for start, stop in stream.spans:
-                writer.write_rows(target.written, start, plan.checkpoint.read_range(target.stored, start, stop))
+                write_rows(target, start, plan.checkpoint.read_range(target.stored, start, stop))
         elif factors is not None:
             module = target.name.removesuffix(".weight")
             deltas = [specialist.delta(target.name, target.shape) for specialist in factors]
             b, a = merge_factors(merger, module, target.layer or 0, deltas, folded, device)  # type: ignore[arg-type]
             scaled = b if folded else b * factors[0].scaling(target.name)
             for start, stop in stream.spans:
-                writer.write_rows(target.written, start, stream.base(start, stop).addmm_(scaled[start:stop], a))
+                write_rows(target, start, stream.base(start, stop).addmm_(scaled[start:stop], a))
             noted = [f"{module}.lora_b.weight", f"{module}.lora_a.weight"]
         else:
             for start, stop, merged, base in merged_blocks(merger, target.name, target.layer, stream):
                 base = stream.base(start, stop) if base is None else base
-                writer.write_rows(target.written, start, merged.add_(base))
+                write_rows(target, start, merged.add_(base))
         _write_own_rows(plan, target, stream, writer)
         writer.complete(target.written, _note(merger, noted))
 
@@ -128,6 +135,18 @@ def write_full(plan: Plan, merger: Merger, folder: Path, progress: bool) -> dict
         "copied": len(plan.targets) - merged,
         "own rows": sum(len(_owners(plan, target)) for target in plan.merged),
     }
+
+
+def _not_finite(plan: Plan, target: Target) -> str:
+    """The sentence that names the input with NaN or infinite values behind a tensor."""
+    tensors = [(plan.checkpoint, target.stored)]
+    for specialist, name in zip(plan.specialists, target.changed, strict=True):
+        if name:
+            tensors.append((specialist.checkpoint, specialist.stored_as(name)))
+    for checkpoint, name in tensors:
+        if not checkpoint.read(name).isfinite().all():
+            return f"{checkpoint.info(name).file}: tensor {name} has NaN or infinite values; download or save it again."
+    return f"the merged {target.written} has NaN or infinite values: lower the coefficients or the method's lambda."
 
 
 def _owners(plan: Plan, target: Target) -> dict[int, list[int]]:
