@@ -324,12 +324,16 @@ class CheckpointWriter:
         self.notes[name] = note
         self.pending.discard(name)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the whole tensor `name`; `ValueError` if it was not announced or has another shape."""
+    def write(self, name: str, tensor: torch.Tensor, note: Any = None) -> None:
+        """Write the whole tensor `name` and note that it is complete.
+
+        Raises:
+            ValueError: if it was not announced or has another shape.
+        """
         if name not in self.places or tuple(tensor.shape) != self.places[name].shape:
             raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} was not expected")
         self.write_rows(name, 0, tensor)
-        self.complete(name)
+        self.complete(name, note)
 
     def finish(self) -> None:
         """Check that every tensor was written, flush the files to disk and write the index.

@@ -1,4 +1,4 @@
-"""The command line: `esmerge merge | inspect | demo`. Each command imports what it needs inside."""
+"""The command line: `esmerge merge | compare | inspect | demo`. Each command imports what it needs inside."""
 
 import errno
 import logging
@@ -53,6 +53,37 @@ def merge(
     counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume)
     own = f", {counts['own rows']} rows of specialists' own tokens" if counts["own rows"] else ""
     print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base{own}")
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="METHOD", help="A method, as in a recipe; repeat it for more."),
+    ] = None,
+    coefficients: Annotated[
+        list[str] | None,
+        typer.Option("--coefficients", metavar="SOURCE", help="Coefficients, as in a recipe; repeat it for more."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the specialists of a RECIPE in several ways, and show what the results differ in.
+
+    Every method is combined with every source of coefficients; what is not given is the recipe's. Each result has its
+    own folder in OUTPUT; the probe runs once and the deltas are read once.
+
+    Example: `esmerge compare recipe.yaml -o compared --method linear --method '{name: ties, density: 0.5}'
+    --coefficients uniform --coefficients embedding_signals`
+    """
+    from esmerge.pipeline import compare as run
+    from esmerge.recipe import load_recipe, read_variants
+    from esmerge.tables import print_comparison
+
+    loaded = load_recipe(recipe)
+    found = run(loaded, read_variants(method or (), coefficients or ()), output, progress=not quiet)
+    print_comparison(found, list(loaded.specialists))
 
 
 @app.command()

@@ -146,6 +146,7 @@ class TensorStream:
         shape: of the base's tensor.
         deltas: None for a specialist that leaves it as it is.
         device: on which blocks are handed out.
+        several: whether several results are made from it.
     """
 
     def __init__(
@@ -155,7 +156,9 @@ class TensorStream:
         shape: tuple[int, ...],
         deltas: Sequence[Delta | None],
         device: torch.device,
+        several: bool = False,
     ) -> None:
+        self.several = several
         self.shape = shape
         self.deltas = deltas
         self.device = device
@@ -199,7 +202,8 @@ class TensorStream:
 
     def whole(self) -> list[Tensor]:
         """All deltas, whole."""
-        blocks = [self.block(start, stop) for start, stop in self.spans]
+        read = self.kept_block if self.several else self.block
+        blocks = [read(start, stop) for start, stop in self.spans]
         return [torch.cat(parts) if self.shape else parts[0] for parts in zip(*blocks, strict=True)]
 
 
@@ -225,7 +229,8 @@ def merged_blocks(
     if method.sparsify is None:
         for start, stop in stream.spans:
             base = stream.base(start, stop)
-            yield start, stop, method.combine(stream.block(start, stop, base), weights(start, stop), **combined), base
+            block = stream.kept_block(start, stop) if stream.several else stream.block(start, stop, base)
+            yield start, stop, method.combine(block, weights(start, stop), **combined), base
     else:
         sparsifiers = [_sparsifier(merger, name, stream, index) for index in range(len(stream.deltas))]
         for start, stop in stream.spans:
@@ -332,6 +337,7 @@ class _FactorStream(TensorStream):
     """Factors that are in memory, as a stream; methods that need the base have none here."""
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device) -> None:
+        self.several = False
         self.shape = tuple(factors[0].shape)
         self.deltas = [None] * len(factors)
         self.device = device

@@ -1,8 +1,9 @@
 """The whole story on one page: from a recipe to a merged model."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from torch import Tensor
 
 from esmerge import results
 from esmerge.coefficients import layer_coefficients
+from esmerge.comparison import DeltaComparison, DeltaObserver
 from esmerge.distances import random_directions
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
 from esmerge.plan import Plan, make_plan
-from esmerge.recipe import EmbeddingSignals, Recipe
+from esmerge.recipe import EmbeddingSignals, Recipe, override_recipe
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals as Signals
 from esmerge.sources import ContentHashes, Source
-from esmerge.writing import write_adapter, write_full
+from esmerge.writing import Output, make_output, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,91 @@ def merge(recipe: Recipe, output: Path, progress: bool = True, resume: bool = Fa
         scratch = stack.enter_context(Scratch(folder))
         signals = _signals(plan, scratch, progress)
         merger = make_merger(plan, signals)
-        write = write_adapter if recipe.output.format == "adapter" else write_full
-        counts = write(plan, merger, folder, progress)
-        _write_coefficients(plan, merger, signals, folder)
-        if recipe.output.signals and signals is not None:
-            _write_signals(plan, merger, signals, folder)
-        results.write_record(folder, _record(plan, merger, hashes, counts))
+        result = make_output(plan, merger, folder)
+        write_all(plan, [result], progress)
+        return _finish(plan, result, signals, hashes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one of several results is like.
+
+    Attributes:
+        deltas: its merged delta against the specialists' deltas.
+        kept_energy: mean over the tensors of an adapter, of the share of the squared norm kept; None for a full one.
+    """
+
+    deltas: DeltaComparison
+    kept_energy: float | None
+
+
+def compare(
+    recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], output: Path, progress: bool = True
+) -> dict[str, Comparison]:
+    """Merge the same specialists in several ways, each into its own folder in the new folder `output`.
+
+    The probe runs once and each tensor's deltas are read once.
+
+    Args:
+        variants: by the name of its folder, the fields `method` and `coefficients` of a recipe, as far as they differ.
+
+    Returns:
+        What the results differ in, by variant.
+
+    Raises:
+        InputError: if the recipe, a variant or an input is at fault.
+    """
+    results.check_output(output)
+    recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
+    plans = {name: make_plan(variant) for name, variant in recipes.items()}
+    with ExitStack() as stack:
+        folder = stack.enter_context(results.staged_folder(output, "", resume=False))
+        first = next(iter(plans.values()))
+        hashes = stack.enter_context(ContentHashes({path for plan in plans.values() for path in _local_inputs(plan)}))
+        scratch = stack.enter_context(Scratch(folder))
+        probed = _shared_probe(list(plans.values()))
+        signals = _signals(probed, scratch, progress) if probed else None
+        observers = {name: DeltaObserver() for name in plans}
+        outputs = {}
+        for name, plan in plans.items():
+            (folder / name).mkdir()
+            own = signals if isinstance(plan.recipe.coefficients, EmbeddingSignals) else None
+            outputs[name] = make_output(plan, make_merger(plan, own), folder / name, observers[name])
+        write_all(first, list(outputs.values()), progress)
+        found = {}
+        for name, result in outputs.items():
+            own = signals if isinstance(plans[name].recipe.coefficients, EmbeddingSignals) else None
+            _finish(plans[name], result, own, hashes)
+            energies = result.merger.kept_energy.values()
+            found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
+    return found
+
+
+def _shared_probe(plans: Sequence[Plan]) -> Plan | None:
+    """The plan whose signals serve all plans that need some; they must not ask for different ones."""
+    probed = [plan for plan in plans if isinstance(plan.recipe.coefficients, EmbeddingSignals)]
+    measures = ("projections", "p", "distance", "tokens")
+    for plan in probed[1:]:
+        for field in measures:
+            if getattr(plan.recipe.coefficients, field) != getattr(probed[0].recipe.coefficients, field):
+                raise InputError(f"variants with different coefficients.{field} need a probe each: compare them apart.")
+    # Scores that one of them does without are still needed by the others.
+    scored = [plan for plan in probed if _granularity(plan) != "layer"]
+    return next(iter(scored + probed), None)
+
+
+def _granularity(plan: Plan) -> str | None:
+    settings = plan.recipe.coefficients
+    return settings.granularity if isinstance(settings, EmbeddingSignals) else None
+
+
+def _finish(plan: Plan, output: Output, signals: Signals | None, hashes: ContentHashes) -> dict[str, int]:
+    """Write what stands beside the weights."""
+    counts = output.finish()
+    _write_coefficients(plan, output.merger, signals, output.folder)
+    if plan.recipe.output.signals and signals is not None:
+        _write_signals(plan, output.merger, signals, output.folder)
+    results.write_record(output.folder, _record(plan, output.merger, hashes, counts))
     return counts
 
 
@@ -185,6 +266,3 @@ def _warn_of_twins(specialists: Mapping[str, Mapping[str, str]]) -> None:
         if pin in seen:
             logger.warning("%s and %s are the same specialist: its delta counts twice", seen[pin], name)
         seen[pin] = name
-
-
-__all__ = ["InputError", "make_merger", "merge"]

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -342,6 +343,41 @@ def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recip
     return recipe
 
 
+def override_recipe(recipe: Recipe, fields: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe with some top-level fields replaced; `source` is what messages call it."""
+    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return parse_recipe({**content, **fields}, recipe.folder, source)
+
+
+def read_variants(methods: Sequence[str], coefficients: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All combinations of methods and coefficients, given in YAML, as fields of a recipe by a short name."""
+    choices = {"method": methods, "coefficients": coefficients}
+    variants: dict[str, dict[str, Any]] = {"": {}}
+    for field, texts in choices.items():
+        parsed = [(_short(text), _yaml(text, f"--{field} {text}")) for text in texts]
+        if parsed:
+            variants = {
+                "-".join(filter(None, (name, short))): {**fields, field: value}
+                for name, fields in variants.items()
+                for short, value in parsed
+            }
+    if len(variants) < 2:
+        raise InputError("there is nothing to compare: give --method or --coefficients at least twice.")
+    return variants
+
+
+def _short(text: str) -> str:
+    words = re.findall(r"[\w.]+", text)
+    return "_".join(word for word in words if word not in ("name", "from"))
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: the value is no valid YAML; quote it if it is text.") from error
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     if not separator:
@@ -352,10 +388,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(entry, dict):
             raise InputError(f"--set {override}: {parent} is {entry!r} in the recipe and has no fields.")
         content = entry
-    try:
-        content[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is no valid YAML; quote it if it is text.") from error
+    content[leaf] = _yaml(value, f"--set {override}")
 
 
 def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:

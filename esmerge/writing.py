@@ -20,50 +20,131 @@ from esmerge.plan import Plan, Target, agreed, common_scaling
 from esmerge.specialists import LoraSpecialist
 from esmerge.vocabulary import write_tokenizer
 
+Observe = Callable[[str, Tensor, Sequence[Tensor]], None]
 
-def write_adapter(plan: Plan, merger: Merger, folder: Path, progress: bool) -> dict[str, int]:
-    """Write the merged LoRA adapter; returns the counts of tensors."""
-    targets, device = plan.merged, torch.device(plan.recipe.device)
-    factors = plan.lora_specialists() if plan.recipe.space == "factors" else None
-    folded = factors is not None and not common_scaling(factors)
-    dtype = getattr(torch, plan.recipe.output.dtype or "float32")
-    rank = plan.recipe.output.rank or _sum_of_ranks(plan)
-    ranks: dict[str, tuple[int, float]] = {}
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for target in targets:
-        own_rank = factors[0].rank(target.name) if factors else rank
-        scaling = factors[0].scaling(target.name) if factors and not folded else 1.0
-        ranks[_module(plan, target)] = (own_rank, scaling * own_rank)
-        layout[_factor_name(plan, target, "A")] = (dtype, (own_rank, target.shape[1]))
-        layout[_factor_name(plan, target, "B")] = (dtype, (target.shape[0], own_rank))
-    writer = CheckpointWriter(folder, layout, stem="adapter_model", max_shard_bytes=1 << 62)
 
-    def write(target: Target) -> None:
-        if factors is not None:
-            deltas = [specialist.delta(target.name, target.shape) for specialist in factors]
-            module = target.name.removesuffix(".weight")
-            b, a = merge_factors(merger, module, target.layer or 0, deltas, folded, device)  # type: ignore[arg-type]
-            noted = [f"{module}.lora_b.weight", f"{module}.lora_a.weight"]
+class Output:
+    """One result being written: the tensors of a plan, merged in one way, into one folder.
+
+    Args:
+        plan: what is merged.
+        merger: how.
+        folder: an existing folder; what a killed run left there is kept.
+        observe: called with each tensor's name, rows of its merged delta and of all deltas, for statistics.
+    """
+
+    targets: list[Target]
+    writer: CheckpointWriter
+
+    def __init__(self, plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> None:
+        self.plan, self.merger, self.folder = plan, merger, folder
+        self.device = torch.device(plan.recipe.device)
+        self.factors = plan.lora_specialists() if plan.recipe.space == "factors" else None
+        self.folded = self.factors is not None and not common_scaling(self.factors)
+        self._observe = observe
+
+    def key(self, target: Target) -> str:
+        """The tensor whose completion says that a target is done."""
+        raise NotImplementedError
+
+    def write(self, target: Target, stream: TensorStream) -> None:
+        """Merge a target and write it."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, int]:
+        """Finish the weights, write what belongs beside them, and return the counts of tensors."""
+        raise NotImplementedError
+
+    def recall(self, target: Target) -> bool:
+        """Whether a target was written by an earlier run; its statistics are then taken over."""
+        if self.key(target) in self.writer.pending:
+            return False
+        for name, (mean, std, energy) in (self.writer.notes[self.key(target)] or {}).items():
+            self.merger.statistics[name] = Statistics(*(torch.tensor(v, dtype=torch.float64) for v in (mean, std)))
+            if energy is not None:
+                self.merger.kept_energy[name] = energy
+        return True
+
+    def _note(self, *names: str) -> dict[str, Any]:
+        """What is known of merged tensors once they are written, for the journal."""
+        note: dict[str, Any] = {}
+        for name in names:
+            statistics = self.merger.statistics[name]
+            note[name] = [statistics.mean.tolist(), statistics.std.tolist(), self.merger.kept_energy.get(name)]
+        return note
+
+    def _merged_factors(self, target: Target) -> tuple[Tensor, Tensor, float]:
+        """B, A and their scaling, of a target merged in the space of factors."""
+        assert self.factors is not None
+        deltas = [specialist.lora_delta(target.name) for specialist in self.factors]
+        module = target.name.removesuffix(".weight")
+        b, a = merge_factors(self.merger, module, target.layer or 0, deltas, self.folded, self.device)
+        return b, a, 1.0 if self.folded else deltas[0].scaling
+
+    def _factor_notes(self, target: Target) -> dict[str, Any]:
+        module = target.name.removesuffix(".weight")
+        return self._note(f"{module}.lora_b.weight", f"{module}.lora_a.weight")
+
+    def _show(self, target: Target, stream: TensorStream, start: int, stop: int, merged: Tensor) -> None:
+        if self._observe is not None:
+            self._observe(target.name, merged, stream.kept_block(start, stop))
+
+
+class AdapterOutput(Output):
+    """A LoRA adapter as PEFT saves them."""
+
+    def __init__(self, plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> None:
+        super().__init__(plan, merger, folder, observe)
+        self.targets = plan.merged
+        dtype = getattr(torch, plan.recipe.output.dtype or "float32")
+        rank = plan.recipe.output.rank or _sum_of_ranks(plan)
+        self._ranks: dict[str, tuple[int, float]] = {}
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for target in self.targets:
+            own_rank = self.factors[0].rank(target.name) if self.factors else rank
+            scaling = self.factors[0].scaling(target.name) if self.factors and not self.folded else 1.0
+            self._ranks[self._module(target)] = (own_rank, scaling * own_rank)
+            layout[self._factor(target, "A")] = (dtype, (own_rank, target.shape[1]))
+            layout[self._factor(target, "B")] = (dtype, (target.shape[0], own_rank))
+        self.writer = CheckpointWriter(folder, layout, stem="adapter_model", max_shard_bytes=1 << 62)
+
+    def key(self, target: Target) -> str:
+        return self._factor(target, "B")
+
+    def _module(self, target: Target) -> str:
+        """The module's name as the adapters have it, or as the base's checkpoint does."""
+        names = {s.modules[target.name] for s in self.plan.specialists if target.name in s.modules}
+        return names.pop() if len(names) == 1 else target.stored.removesuffix(".weight")
+
+    def _factor(self, target: Target, letter: str) -> str:
+        return f"base_model.model.{self._module(target)}.lora_{letter}.weight"
+
+    def write(self, target: Target, stream: TensorStream) -> None:
+        if self.factors is not None:
+            b, a, scaling = self._merged_factors(target)
+            note = self._factor_notes(target)
         else:
-            own_rank = ranks[_module(plan, target)][0]
-            stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
-            b, a = merge_low_rank(merger, target.name, target.layer, stream, own_rank)
-            noted = [target.name]
-        writer.write(_factor_name(plan, target, "A"), a)
-        writer.write_rows(_factor_name(plan, target, "B"), 0, b)
-        writer.complete(_factor_name(plan, target, "B"), _note(merger, noted))
+            rank, scaling = self._ranks[self._module(target)][0], 1.0
+            b, a = merge_low_rank(self.merger, target.name, target.layer, stream, rank)
+            note = self._note(target.name)
+        if self._observe is not None:
+            for start, stop in stream.spans:
+                self._show(target, stream, start, stop, b[start:stop] @ a * scaling)
+        self.writer.write(self._factor(target, "A"), a)
+        self.writer.write(self._factor(target, "B"), b, note)
 
-    _each(targets, lambda t: _factor_name(plan, t, "B"), writer, merger, write, progress)
-    config = results.adapter_config(
-        ranks,
-        list(plan.checkpoint),
-        agreed(plan.specialists, "base_model_name_or_path") or plan.base.reference,
-        plan.base.commit,
-        agreed(plan.specialists, "task_type") or "CAUSAL_LM",
-    )
-    results.write_json(folder / "adapter_config.json", config)
-    results.copy_tokenizer(plan.base.folder, folder)
-    return {"merged": len(layout), "copied": 0, "own rows": 0}
+    def finish(self) -> dict[str, int]:
+        self.writer.finish()
+        config = results.adapter_config(
+            self._ranks,
+            list(self.plan.checkpoint),
+            agreed(self.plan.specialists, "base_model_name_or_path") or self.plan.base.reference,
+            self.plan.base.commit,
+            agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
+        )
+        results.write_json(self.folder / "adapter_config.json", config)
+        results.copy_tokenizer(self.plan.base.folder, self.folder)
+        return {"merged": len(self.writer.places), "copied": 0, "own rows": 0}
 
 
 def _sum_of_ranks(plan: Plan) -> int:
@@ -71,70 +152,102 @@ def _sum_of_ranks(plan: Plan) -> int:
     return sum(max(adapter.rank(name) for name in adapter.modules) for adapter in adapters)
 
 
-def _module(plan: Plan, target: Target) -> str:
-    """The module's name as the adapters have it, or as the base's checkpoint does."""
-    names = {s.modules[target.name] for s in plan.specialists if target.name in s.modules}
-    return names.pop() if len(names) == 1 else target.stored.removesuffix(".weight")
+class FullOutput(Output):
+    """A full checkpoint as transformers saves them."""
 
+    def __init__(self, plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> None:
+        super().__init__(plan, merger, folder, observe)
+        self.targets = plan.targets
+        self._dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
+        layout = {
+            target.written: (
+                self._dtype if self._dtype and target.dtype.is_floating_point else target.dtype,
+                target.result_shape,
+            )
+            for target in plan.targets
+        }
+        self.writer = CheckpointWriter(folder, layout)
 
-def _factor_name(plan: Plan, target: Target, letter: str) -> str:
-    return f"base_model.model.{_module(plan, target)}.lora_{letter}.weight"
+    def key(self, target: Target) -> str:
+        return target.written
 
+    def write(self, target: Target, stream: TensorStream) -> None:
+        note: dict[str, Any] = {}
+        if not target.merged:
+            for start, stop in stream.spans:
+                self._write_rows(target, start, self.plan.checkpoint.read_range(target.stored, start, stop))
+        elif self.factors is not None:
+            b, a, scaling = self._merged_factors(target)
+            for start, stop in stream.spans:
+                merged = b[start:stop] @ a * scaling
+                self._show(target, stream, start, stop, merged)
+                self._write_rows(target, start, merged.add_(stream.base(start, stop)))
+            note = self._factor_notes(target)
+        else:
+            for start, stop, merged, base in merged_blocks(self.merger, target.name, target.layer, stream):
+                self._show(target, stream, start, stop, merged)
+                self._write_rows(target, start, merged.add_(stream.base(start, stop) if base is None else base))
+            note = self._note(target.name)
+        _write_own_rows(self.plan, target, stream, self.writer)
+        self.writer.complete(target.written, note)
 
-def write_full(plan: Plan, merger: Merger, folder: Path, progress: bool) -> dict[str, int]:
-    """Write the merged full checkpoint; returns the counts of tensors."""
-    wanted = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
-    device = torch.device(plan.recipe.device)
-    factors = plan.lora_specialists() if plan.recipe.space == "factors" else None
-    folded = factors is not None and not common_scaling(factors)
-    layout = {
-        target.written: (wanted if wanted and target.dtype.is_floating_point else target.dtype, target.result_shape)
-        for target in plan.targets
-    }
-    writer = CheckpointWriter(folder, layout)
-
-    def write_rows(target: Target, start: int, rows: Tensor) -> None:
+    def _write_rows(self, target: Target, start: int, rows: Tensor) -> None:
         # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
         if rows.is_floating_point() and not rows.sum(dtype=torch.float64).isfinite():
-            raise InputError(_not_finite(plan, target))
-        writer.write_rows(target.written, start, rows)
+            raise InputError(_not_finite(self.plan, target))
+        self.writer.write_rows(target.written, start, rows)
 
-    def write(target: Target) -> None:
-        stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
-        noted = [target.name]
-        if not target.merged:
-            noted = []
-            for start, stop in stream.spans:
-                write_rows(target, start, plan.checkpoint.read_range(target.stored, start, stop))
-        elif factors is not None:
-            module = target.name.removesuffix(".weight")
-            deltas = [specialist.delta(target.name, target.shape) for specialist in factors]
-            b, a = merge_factors(merger, module, target.layer or 0, deltas, folded, device)  # type: ignore[arg-type]
-            scaled = b if folded else b * factors[0].scaling(target.name)
-            for start, stop in stream.spans:
-                write_rows(target, start, stream.base(start, stop).addmm_(scaled[start:stop], a))
-            noted = [f"{module}.lora_b.weight", f"{module}.lora_a.weight"]
-        else:
-            for start, stop, merged, base in merged_blocks(merger, target.name, target.layer, stream):
-                base = stream.base(start, stop) if base is None else base
-                write_rows(target, start, merged.add_(base))
-        _write_own_rows(plan, target, stream, writer)
-        writer.complete(target.written, _note(merger, noted))
+    def finish(self) -> dict[str, int]:
+        self.writer.finish()
+        plan = self.plan
+        changes: dict[str, Any] = {"dtype": str(self._dtype).removeprefix("torch.")} if self._dtype else {}
+        if any(target.result_shape != target.shape for target in plan.targets):
+            changes["vocab_size"] = plan.vocabulary.size
+        if plan.untied:
+            changes["tie_word_embeddings"] = False
+        results.copy_model_files(plan.base.folder, self.folder, changes)
+        write_tokenizer(plan.base.folder, self.folder, plan.vocabulary)
+        merged = len(plan.merged)
+        own_rows = sum(len(_owners(plan, target)) for target in plan.merged)
+        return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows}
 
-    _each(plan.targets, lambda target: target.written, writer, merger, write, progress)
-    changes: dict[str, Any] = {"dtype": str(wanted).removeprefix("torch.")} if wanted else {}
-    if any(target.result_shape != target.shape for target in plan.targets):
-        changes["vocab_size"] = plan.vocabulary.size
-    if plan.untied:
-        changes["tie_word_embeddings"] = False
-    results.copy_model_files(plan.base.folder, folder, changes)
-    write_tokenizer(plan.base.folder, folder, plan.vocabulary)
-    merged = len(plan.merged)
-    return {
-        "merged": merged,
-        "copied": len(plan.targets) - merged,
-        "own rows": sum(len(_owners(plan, target)) for target in plan.merged),
-    }
+
+def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> Output:
+    """The output that the plan's recipe asks for."""
+    kind = AdapterOutput if plan.recipe.output.format == "adapter" else FullOutput
+    return kind(plan, merger, folder, observe)
+
+
+def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
+    """Merge and write all targets into all outputs, the largest first, on as many threads as torch would use.
+
+    Each tensor's deltas are read once, whatever the number of outputs.
+    """
+    pending = [(target, [output for output in outputs if not output.recall(target)]) for target in outputs[0].targets]
+    pending = sorted(((t, o) for t, o in pending if o), key=lambda entry: -_bytes(entry[0]))
+
+    def write(target: Target, wanting: Sequence[Output]) -> None:
+        device = torch.device(plan.recipe.device)
+        deltas = plan.deltas(target)
+        stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several=len(outputs) > 1)
+        for output in wanting:
+            output.write(target, stream)
+
+    workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+    total = sum(_bytes(target) for target, _ in pending)
+    with (
+        tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar,
+        _single_threaded_operators(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        futures = {pool.submit(write, target, wanting): target for target, wanting in pending}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update(_bytes(futures[future]))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _not_finite(plan: Plan, target: Target) -> str:
@@ -177,56 +290,6 @@ def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:
         return delta.values(row, row + 1)
     base = stream.base(row, row + 1)
     return base + delta.rows(row, row + 1, base)
-
-
-def _note(merger: Merger, names: Sequence[str]) -> dict[str, Any]:
-    """What is known of merged tensors once they are written, for the journal."""
-    note: dict[str, Any] = {}
-    for name in names:
-        statistics = merger.statistics[name]
-        note[name] = [statistics.mean.tolist(), statistics.std.tolist(), merger.kept_energy.get(name)]
-    return note
-
-
-def _recall(merger: Merger, note: dict[str, Any] | None) -> None:
-    for name, (mean, std, energy) in (note or {}).items():
-        merger.statistics[name] = Statistics(*(torch.tensor(v, dtype=torch.float64) for v in (mean, std)))
-        if energy is not None:
-            merger.kept_energy[name] = energy
-
-
-def _each(
-    targets: Sequence[Target],
-    key: Callable[[Target], str],
-    writer: CheckpointWriter,
-    merger: Merger,
-    write: Callable[[Target], None],
-    progress: bool,
-) -> None:
-    """Write all targets that are not written yet, the largest first, on as many threads as torch would use."""
-    for target in targets:
-        if key(target) not in writer.pending:
-            _recall(merger, writer.notes[key(target)])
-    pending = [target for target in targets if key(target) in writer.pending]
-    pending.sort(key=lambda target: -_bytes(target))
-    bar = tqdm(
-        total=sum(map(_bytes, pending)), desc="merging", unit="B", unit_scale=True, disable=not progress, smoothing=0.05
-    )
-    workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
-    with (
-        bar,
-        _single_threaded_operators(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        futures = {pool.submit(write, target): target for target in pending}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(_bytes(futures[future]))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    writer.finish()
 
 
 def _bytes(target: Target) -> int:

@@ -189,9 +189,14 @@ class LoraSpecialist:
         if "lora_embedding_A" in parts:
             a, b = self._read(parts["lora_embedding_B"]).T, self._read(parts["lora_embedding_A"]).T
             return LoraDelta(a.contiguous(), b.contiguous(), self.scaling(name))
-        lora = LoraDelta(self._read(parts["lora_A.weight"]), self._read(parts["lora_B.weight"]), self.scaling(name))
+        lora = self.lora_delta(name)
         magnitude = next((parts[part] for part in parts if part.startswith("lora_magnitude_vector")), None)
         return DoraDelta(lora, self._read(magnitude)) if magnitude else lora
+
+    def lora_delta(self, weight: str) -> LoraDelta:
+        """The low-rank delta of a weight in `modules`."""
+        parts = self._parts[weight]
+        return LoraDelta(self._read(parts["lora_A.weight"]), self._read(parts["lora_B.weight"]), self.scaling(weight))
 
     def _token_indices(self, name: str, count: int) -> Tensor:
         stated = self.config.get("trainable_token_indices")
