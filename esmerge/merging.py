@@ -17,7 +17,7 @@ from esmerge.methods.registry import accepted
 from esmerge.scores import Score, row_blocks
 
 # Deltas of a tensor up to this size are kept between the passes over it; those of a larger one are made again.
-_KEPT_BYTES = 128 << 20
+_KEPT_BYTES = 64 << 20
 
 Rows = Callable[[int, int], Tensor]
 

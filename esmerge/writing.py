@@ -193,7 +193,7 @@ class FullOutput(Output):
 
     def _write_rows(self, target: Target, start: int, rows: Tensor) -> None:
         # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
-        if rows.is_floating_point() and not rows.sum(dtype=torch.float64).isfinite():
+        if rows.is_floating_point() and not rows.sum().isfinite():
             raise InputError(_not_finite(self.plan, target))
         self.writer.write_rows(target.written, start, rows)
 

@@ -7,6 +7,7 @@ these blocks, one after the other. So no delta is ever held whole.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from esmerge.methods.registry import Blocks
@@ -49,7 +50,9 @@ def keep_largest(blocks: Blocks, count: int, *, density: float) -> Sparsify:
     if density >= 1 or not count:
         return _keep_all
     threshold = largest_magnitude(blocks, max(1, int(density * count)))
-    return lambda block: torch.where(block.abs() >= threshold, block, 0)
+    # Hardshrink drops what is at most lambda, in one fast pass; the number just below keeps the threshold itself.
+    below = float(torch.nextafter(threshold, torch.zeros_like(threshold)))
+    return lambda block: F.hardshrink(block, below)
 
 
 def keep_middle(blocks: Blocks, count: int, *, density: float, gamma: float) -> Sparsify:
@@ -64,8 +67,9 @@ def keep_middle(blocks: Blocks, count: int, *, density: float, gamma: float) -> 
         return torch.zeros_like
     smallest = max(0, count - kept - int(gamma * count))
     low = largest_magnitude(blocks, count - smallest)
-    high = largest_magnitude(blocks, count - smallest - kept + 1)
-    return lambda block: torch.where((block.abs() >= low) & (block.abs() <= high), block, 0)
+    below = float(torch.nextafter(low, torch.zeros_like(low)))
+    high = float(largest_magnitude(blocks, count - smallest - kept + 1))
+    return lambda block: F.hardshrink(block, below) - F.hardshrink(block, high)
 
 
 def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.Generator | None) -> Sparsify:
