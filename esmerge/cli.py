@@ -4,7 +4,7 @@ import errno
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -129,10 +129,10 @@ def main() -> None:
         _fail(str(error), 2, debug)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            _fail("interrupted; nothing was written.", 130, debug)
+            _interrupted(debug)
         raise
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written.", 130, debug)
+        _interrupted(debug)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail("the disk is full; nothing was written: free some space or choose another output.", 1, debug)
@@ -141,7 +141,12 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _interrupted(debug: bool) -> NoReturn:
+    print(file=sys.stderr)  # ends the line of a progress bar, or of the terminal's ^C
+    _fail("interrupted; nothing was written.", 130, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         raise
     print(f"esmerge: {' '.join(message.split())}", file=sys.stderr)

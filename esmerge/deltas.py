@@ -162,3 +162,24 @@ class RowDelta:
         places = self.indices[chosen] - start
         dense[places] = self.values[chosen] - base[places]
         return dense
+
+
+@dataclass(frozen=True)
+class SumDelta:
+    """Two deltas of one tensor, e.g. resized embeddings with low-rank factors on them.
+
+    Attributes:
+        first, second: of the same shape.
+    """
+
+    first: Delta
+    second: Delta
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
+
+    def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of the sum."""
+        return self.first.rows(start, stop, base) + self.second.rows(start, stop, base)

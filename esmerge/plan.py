@@ -14,6 +14,7 @@ from esmerge.methods import METHODS
 from esmerge.names import canonical_names, layer_of, natural_order
 from esmerge.probe import check_modalities, check_template
 from esmerge.recipe import EmbeddingSignals, Recipe
+from esmerge.scores import row_blocks
 from esmerge.sources import Source, resolve
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
 from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
@@ -356,10 +357,15 @@ def _fit_adapter(plan: Plan) -> Plan:
 
 
 def _unchanged(plan: Plan, target: Target, specialist: Specialist, name: str) -> bool:
-    if not isinstance(specialist, FullSpecialist) or specialist.shape(name) != target.shape:
+    """Whether a specialist that stores a tensor left it as it was; PEFT and full checkpoints store many such."""
+    if specialist.shape(name) not in ((), target.shape):
         return False
-    ours = plan.checkpoint.read(target.stored)
-    return torch.equal(ours, specialist.checkpoint.read(specialist.stored_as(name), ours.dtype))
+    delta = specialist.delta(name, target.shape)
+    for start, stop in row_blocks(target.shape) if target.shape else [(0, 1)]:
+        base = plan.checkpoint.read_range(target.stored, start, stop).float()
+        if delta.rows(start, stop, base).any():
+            return False
+    return True
 
 
 def _check_probe(plan: Plan) -> None:

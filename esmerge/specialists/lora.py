@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, ValueDelta
+from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, SumDelta, ValueDelta
 from esmerge.errors import InputError
-from esmerge.names import canonical_name
+from esmerge.names import canonical_name, natural_order
 from esmerge.sources import read_json
 
 # What PEFT appends to a module's name, with or without the adapter's name; factors of embeddings are transposed.
@@ -124,7 +124,7 @@ class LoraSpecialist:
     def names(self) -> list[str]:
         """Canonical names of all tensors that it changes."""
         biases = [_bias_of(weight) for weight, parts in self._parts.items() if "lora_B.bias" in parts]
-        return [*self._parts, *biases, *self._values, *self._tokens]
+        return sorted({*self._parts, *biases, *self._values, *self._tokens}, key=natural_order)
 
     @property
     def low_rank(self) -> bool:
@@ -178,13 +178,18 @@ class LoraSpecialist:
             InputError: if it has NaN or infinite values.
         """
         if name in self._values:
-            return ValueDelta(self.checkpoint, self._values[name])
+            stored = ValueDelta(self.checkpoint, self._values[name])
+            # PEFT saves embeddings whole beside their factors.
+            return SumDelta(stored, self._factor_delta(name)) if name in self._parts else stored
         if name in self._tokens:
             values = self._read(self._tokens[name])
             return RowDelta(self._token_indices(name, len(values)), values, shape)
         if name not in self._parts:
             weight = name.removesuffix("bias") + "weight"
             return ShiftDelta(self._read(self._parts[weight]["lora_B.bias"]) * self.scaling(weight))
+        return self._factor_delta(name)
+
+    def _factor_delta(self, name: str) -> Delta:
         parts = self._parts[name]
         if "lora_embedding_A" in parts:
             a, b = self._read(parts["lora_embedding_B"]).T, self._read(parts["lora_embedding_A"]).T

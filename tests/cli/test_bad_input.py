@@ -1,0 +1,658 @@
+"""Bad input ends in one sentence that names culprit and remedy, and leaves nothing behind."""
+
+import json
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+import yaml
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+CASES = []
+
+
+def case(culprit, remedy, *options):
+    """Registers a function that spoils an input: both texts must be in the message."""
+
+    def register(spoil):
+        CASES.append(pytest.param(spoil, culprit, remedy, options, id=spoil.__name__.replace("_", " ")))
+        return spoil
+
+    return register
+
+
+class Inputs:
+    """A recipe and the files it names, in a folder of their own."""
+
+    def __init__(self, folder, recipe):
+        self.folder, self.recipe = folder, recipe
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def change_json(self, name, **fields):
+        content = json.loads((self / name).read_text())
+        (self / name).write_text(json.dumps(content | fields))
+
+    def change_tensors(self, name, change):
+        tensors = load_file(self / name)
+        change(tensors)
+        save_file(tensors, self / name, metadata={"format": "pt"})
+
+    def save_recipe(self):
+        (self / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+        return self / "recipe.yaml"
+
+    def train(self, **settings):
+        """Replaces the molecule's adapter by another kind."""
+        model = AutoModelForCausalLM.from_pretrained(self / "base")
+        settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | settings
+        shutil.rmtree(self / "molecule")
+        model = get_peft_model(model, LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        model.save_pretrained(self / "molecule")
+
+    def to_tensors(self, **tensors):
+        """Makes the probe one of ready tensors, which may replace those of a sound one."""
+        mask = torch.zeros(3, 6, dtype=torch.bool)
+        mask[:, 2] = True
+        sound = {"inputs_embeds": torch.randn(3, 6, 32), "attention_mask": torch.ones(3, 6, dtype=torch.int64)}
+        sound |= {f"mask.{name}": mask.clone() for name in self.recipe["specialists"]}
+        changed = {name: tensor for name, tensor in (sound | tensors).items() if tensor is not None}
+        save_file(changed, self / "probe.safetensors")
+        self.recipe["probe"] = {"tensors": "probe.safetensors"}
+
+
+@pytest.fixture
+def inputs(llama, tmp_path, recipe):
+    names = ["base", *recipe["specialists"]]
+    for name in names:
+        shutil.copytree(llama / name, tmp_path / "inputs" / name)
+    for name in recipe["specialists"]:
+        shutil.copy(llama / f"{name}.txt", tmp_path / "inputs")
+    return Inputs(tmp_path / "inputs", recipe)
+
+
+# Folders and files
+
+
+@case("specialists.cell.model", "does not exist")
+def missing_adapter_folder(inputs):
+    inputs.recipe["specialists"]["cell"]["model"] = "./nowhere"
+
+
+@case("base: ", "does not exist")
+def missing_base_folder(inputs):
+    inputs.recipe["base"] = "./nowhere"
+
+
+@case("no/where is no folder here", "Hub")
+def neither_folder_nor_hub_repository(inputs):
+    inputs.recipe["base"] = "no/where"
+
+
+@case("adapter_model.safetensors is a file", "give the folder")
+def file_instead_of_folder(inputs):
+    inputs.recipe["specialists"]["cell"]["model"] = "cell/adapter_model.safetensors"
+
+
+@case("cell has neither adapter_config.json", "PEFT LoRA adapter")
+def folder_without_adapter(inputs):
+    (inputs / "cell" / "adapter_config.json").unlink()
+
+
+@case("base/config.json is missing", "config.json")
+def base_without_config(inputs):
+    (inputs / "base" / "config.json").unlink()
+
+
+@case("config.json is no valid JSON", "config.json")
+def base_with_broken_config(inputs):
+    (inputs / "base" / "config.json").write_text("{")
+
+
+@case("base: transformers cannot build", "config.json")
+def base_of_unknown_architecture(inputs):
+    inputs.change_json("base/config.json", model_type="nonesuch", architectures=["Nonesuch"])
+
+
+@case("cell/adapter_model.safetensors is truncated", "download or save it again")
+def truncated_adapter(inputs):
+    weights = inputs / "cell" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+@case("base/model.safetensors is truncated", "download or save it again")
+def truncated_base(inputs):
+    weights = inputs / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+@case("cell/adapter_model.safetensors has a corrupt", "download or save it again")
+def corrupt_adapter(inputs):
+    weights = inputs / "cell" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[20:40] = b"x" * 20
+    weights.write_bytes(content)
+
+
+@case("cell holds its weights as a pickle (adapter_model.bin)", "convert it to adapter_model.safetensors")
+def pickled_adapter(inputs):
+    (inputs / "cell" / "adapter_model.safetensors").rename(inputs / "cell" / "adapter_model.bin")
+
+
+@case("base holds its weights as a pickle (pytorch_model.bin)", "convert it to model.safetensors")
+def pickled_base(inputs):
+    (inputs / "base" / "model.safetensors").rename(inputs / "base" / "pytorch_model.bin")
+
+
+@case("base has no model.safetensors", "model.safetensors.index.json")
+def base_without_weights(inputs):
+    (inputs / "base" / "model.safetensors").unlink()
+
+
+@case("names the shard model-00001-of-00002.safetensors", "download it again")
+def missing_shard(inputs):
+    shard = "model-00001-of-00002.safetensors"
+    (inputs / "base" / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (inputs / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# Adapters of another base
+
+
+def rename_layers(tensors):
+    for name in list(tensors):
+        tensors[name.replace("layers.2", "layers.7")] = tensors.pop(name)
+
+
+@case("layers.7", "another base")
+def adapter_of_a_deeper_base(inputs):
+    inputs.change_tensors("cell/adapter_model.safetensors", rename_layers)
+
+
+def widen(tensors):
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensors[name] = torch.cat([tensor, tensor], dim=1)
+
+
+@case("model.layers.0.mlp.down_proj.weight with shape [32, 96]", "[32, 48]: it was trained from another base")
+def adapter_of_a_wider_base(inputs):
+    inputs.change_tensors("cell/adapter_model.safetensors", widen)
+
+
+@case("has no lora_B", "model.layers.0.self_attn.q_proj")
+def adapter_with_half_a_pair(inputs):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    inputs.change_tensors("cell/adapter_model.safetensors", lambda tensors: tensors.pop(name))
+
+
+@case("has rank 4, adapter_config.json says 8", "r and rank_pattern")
+def adapter_with_the_config_of_another(inputs):
+    inputs.change_json("cell/adapter_config.json", r=8)
+
+
+# Adapters that are more than LoRA
+
+
+@case("peft_type is IA3", "only LORA")
+def adapter_that_is_no_lora(inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "base")
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    shutil.rmtree(inputs / "molecule")
+    get_peft_model(model, config).save_pretrained(inputs / "molecule")
+
+
+@case("bias", "use output.format: full")
+def adapter_with_biases(inputs):
+    inputs.change_json("base/config.json", attention_bias=True)
+    tensors = load_file(inputs / "base" / "model.safetensors")
+    for number in range(3):
+        for name, size in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+            tensors[f"model.layers.{number}.self_attn.{name}_proj.bias"] = torch.zeros(size)
+    save_file(tensors, inputs / "base" / "model.safetensors", metadata={"format": "pt"})
+    inputs.train(bias="lora_only")
+
+
+@case("lora_B.bias", "save it without them")
+def adapter_with_biases_of_its_own(inputs):
+    inputs.train(lora_bias=True)
+
+
+@case("lm_head.weight", "use output.format: full")
+def adapter_with_a_trained_head(inputs):
+    inputs.train(modules_to_save=["lm_head"])
+
+
+@case("model.layers.0.input_layernorm.weight", "use output.format: full")
+def adapter_with_trained_norms(inputs):
+    inputs.train(modules_to_save=["input_layernorm"])
+
+
+@case("embed_tokens", "use output.format: full")
+def adapter_with_trained_embeddings(inputs):
+    inputs.train(target_modules=["q_proj", "embed_tokens"])
+
+
+@case("base_model.model.lm_head.", "use output.format: full")
+def adapter_of_the_head(inputs):
+    inputs.train(target_modules=["q_proj", "lm_head"])
+
+
+# Values that are not finite
+
+
+def poison(name, value=torch.nan):
+    def change(tensors):
+        tensors[name].view(-1)[3] = value
+
+    return change
+
+
+POISONED_FACTOR = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+
+@case(POISONED_FACTOR, "save or download")
+def nan_in_an_adapter(inputs):
+    inputs.change_tensors("cell/adapter_model.safetensors", poison(POISONED_FACTOR))
+
+
+@case(POISONED_FACTOR, "save or download", "--set=coefficients=uniform")
+def infinity_in_an_adapter_merged_uniformly(inputs):
+    inputs.change_tensors("cell/adapter_model.safetensors", poison(POISONED_FACTOR, torch.inf))
+
+
+@case("model.layers.1.mlp.up_proj.weight has NaN", "has NaN or infinite values")
+def nan_in_a_layer_of_the_base(inputs):
+    inputs.change_tensors("base/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
+
+
+@case("model.norm.weight has NaN", "has NaN or infinite values")
+def nan_in_the_final_norm_of_the_base(inputs):
+    inputs.change_tensors("base/model.safetensors", poison("model.norm.weight"))
+
+
+def poison_embeddings(tensors):
+    tensors["model.embed_tokens.weight"][:, 3] = torch.nan
+
+
+@case("model.embed_tokens.weight has NaN", "has NaN or infinite values")
+def nan_in_the_embeddings_of_the_base(inputs):
+    inputs.change_tensors("base/model.safetensors", poison_embeddings)
+
+
+@case("lm_head.weight has NaN", "has NaN or infinite values", "--set=coefficients=uniform")
+def nan_in_a_tensor_copied_from_the_base(inputs):
+    inputs.change_tensors("base/model.safetensors", poison("lm_head.weight"))
+    inputs.recipe["output"] = {"format": "full"}
+
+
+@case("model.layers.1.mlp.up_proj.weight has NaN", "has NaN or infinite values", "--set=coefficients=uniform")
+def nan_in_a_tensor_merged_from_the_base(inputs):
+    inputs.change_tensors("base/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
+    inputs.recipe["output"] = {"format": "full"}
+
+
+# The probe
+
+
+@case("cell.txt has 0 items", "lower probe.samples")
+def empty_data_file(inputs):
+    (inputs / "cell.txt").write_text("\n\n")
+
+
+@case("cell.txt has 2 items, probe.samples asks for 5", "lower probe.samples")
+def too_few_rows(inputs):
+    (inputs / "cell.txt").write_text("CD3D, CD8A\n\nLYZ\n")
+
+
+@case("probe.samples is 0", "greater than or equal to 1")
+def no_samples(inputs):
+    inputs.recipe["probe"]["samples"] = 0
+
+
+@case("probe.data.cell", "does not exist")
+def missing_data_file(inputs):
+    (inputs / "cell.txt").unlink()
+
+
+@case("probe.data.cell", "UTF-8")
+def data_file_that_is_no_text(inputs):
+    (inputs / "cell.txt").write_bytes(b"\xff\xfe\x00\n" * 9)
+
+
+@case("probe.data has the modality tissue", "no specialist has that name")
+def modality_without_specialist(inputs):
+    inputs.recipe["probe"]["data"]["tissue"] = "cell.txt"
+
+
+@case("probe.data has no modality cell", "specialist cell needs")
+def specialist_without_modality(inputs):
+    del inputs.recipe["probe"]["data"]["cell"]
+
+
+@case("probe.template must have the placeholder {cell} once", "it has 0")
+def placeholder_missing_from_the_template(inputs):
+    inputs.recipe["probe"]["template"] = "{molecule} {protein}"
+
+
+@case("placeholder {tissue}", "no specialist has that name")
+def placeholder_of_no_modality(inputs):
+    inputs.recipe["probe"]["template"] += " {tissue}"
+
+
+@case("probe.template is no valid template", "braces twice")
+def template_with_a_single_brace(inputs):
+    inputs.recipe["probe"]["template"] += " {"
+
+
+@case("no chat template", "set probe.chat_template")
+def tokenizer_without_chat_template(inputs):
+    (inputs / "base" / "chat_template.jinja").unlink()
+
+
+@case("probe.chat_template", "Jinja")
+def chat_template_that_is_no_jinja(inputs):
+    inputs.recipe["probe"]["chat_template"] = "{% for %}"
+
+
+@case("base: the base's tokenizer cannot be loaded", "tokenizer")
+def base_without_tokenizer(inputs):
+    for file in (inputs / "base").glob("*token*"):
+        file.unlink()
+
+
+@case("its embedding has only 50 rows", "use the tokenizer that belongs to the base")
+def tokenizer_of_another_base(inputs):
+    def cut(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:50].clone()
+
+    inputs.change_tensors("base/model.safetensors", cut)
+    inputs.change_json("base/config.json", vocab_size=50)
+
+
+@case("probe.tensors: the file", "does not exist")
+def missing_probe_tensors(inputs):
+    inputs.recipe["probe"] = {"tensors": "nowhere.safetensors"}
+
+
+@case("probe.safetensors: the probe is empty", "empty")
+def empty_probe_tensors(inputs):
+    none = {f"mask.{name}": torch.zeros(0, 6, dtype=torch.bool) for name in inputs.recipe["specialists"]}
+    inputs.to_tensors(inputs_embeds=torch.zeros(0, 6, 32), attention_mask=torch.zeros(0, 6).long(), **none)
+
+
+@case("probe.safetensors", "inputs_embeds")
+def probe_tensors_without_embeddings(inputs):
+    inputs.to_tensors(inputs_embeds=None)
+
+
+@case("has no modality cell", "cell")
+def probe_tensors_without_a_modality(inputs):
+    inputs.to_tensors(**{"mask.cell": None})
+
+
+@case("has the modality tissue", "no specialist has that name")
+def probe_tensors_with_an_unknown_modality(inputs):
+    inputs.to_tensors(**{"mask.tissue": torch.ones(3, 6, dtype=torch.bool)})
+
+
+@case("probe input 0 (counted from 0) has no position of cell", "cell")
+def probe_tensors_with_an_empty_mask(inputs):
+    inputs.to_tensors(**{"mask.cell": torch.zeros(3, 6, dtype=torch.bool)})
+
+
+@case("inputs_embeds has shape [3, 6, 31]", "expected [inputs, positions, 32]")
+def probe_tensors_of_another_base(inputs):
+    inputs.to_tensors(inputs_embeds=torch.zeros(3, 6, 31))
+
+
+@case("attention_mask", "shape")
+def probe_tensors_with_a_flat_attention_mask(inputs):
+    inputs.to_tensors(attention_mask=torch.ones(18, dtype=torch.int64))
+
+
+@case("inputs_embeds has NaN", "probe.safetensors")
+def probe_tensors_with_nan(inputs):
+    inputs.to_tensors(inputs_embeds=torch.full((3, 6, 32), torch.nan))
+
+
+# The recipe
+
+
+@case("seeed is no known field", "did you mean seed?")
+def unknown_key(inputs):
+    inputs.recipe["seeed"] = 1
+
+
+@case("coefficients.temprature is no known field", "did you mean temperature?")
+def unknown_nested_key(inputs):
+    inputs.recipe["coefficients"]["temprature"] = 1
+
+
+@case("specialists.cell.modle is no known field", "did you mean model?")
+def unknown_key_of_a_specialist(inputs):
+    inputs.recipe["specialists"]["cell"]["modle"] = "cell"
+
+
+@case("base is missing", "base")
+def recipe_without_base(inputs):
+    del inputs.recipe["base"]
+
+
+@case("probe is missing", "coefficients from embedding signals need one")
+def recipe_without_probe(inputs):
+    del inputs.recipe["probe"]
+
+
+@case("specialists", "at least 2")
+def single_specialist(inputs):
+    inputs.recipe["specialists"] = {"cell": "cell"}
+
+
+@case("coefficients.cel", "did you mean cell?")
+def number_for_an_unknown_specialist(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 1, "protein": 1, "cel": 1}
+
+
+@case("coefficients.temperature is 0", "greater than 0")
+def temperature_of_zero(inputs):
+    inputs.recipe["coefficients"]["temperature"] = 0
+
+
+@case("coefficients", "expected embedding_signals, uniform or a number per specialist")
+def coefficients_of_unknown_kind(inputs):
+    inputs.recipe["coefficients"] = "equal"
+
+
+@case("output.rank", "leave it out, or use space: weights")
+def rank_of_merged_factors(inputs):
+    inputs.recipe |= {"space": "factors", "output": {"rank": 4}}
+
+
+@case("device tpu", "cannot be used")
+def unknown_device(inputs):
+    inputs.recipe["device"] = "tpu"
+
+
+@case("molecule has rank 4 and protein rank 6", "use space: weights", "--set=space=factors")
+def unequal_ranks_of_factors(inputs):
+    inputs.train(target_modules=["q_proj"])
+    shutil.rmtree(inputs / "protein")
+    shutil.copytree(inputs / "molecule", inputs / "cell", dirs_exist_ok=True)
+    (inputs / "molecule").rename(inputs / "protein")
+    shutil.copytree(inputs / "cell", inputs / "molecule")
+    inputs.change_json("protein/adapter_config.json", r=6)
+    inputs.change_tensors("protein/adapter_model.safetensors", pad_to_rank_6)
+
+
+def pad_to_rank_6(tensors):
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.new_zeros((6, 32) if "lora_A" in name else (32, 6))
+
+
+@case("only in protein: layers.0.mlp.down_proj", "use space: weights", "--set=space=factors")
+def unequal_modules_of_factors(inputs):
+    inputs.train()
+
+
+# Overrides
+
+
+@case("--set seed", "expected FIELD=VALUE", "--set=seed")
+def override_without_value(inputs):
+    pass
+
+
+@case("seeed is no known field", "did you mean seed?", "--set=seeed=3")
+def override_of_an_unknown_field(inputs):
+    pass
+
+
+@case("seed is 'many'", "valid integer", "--set=seed=many")
+def override_with_a_value_of_another_type(inputs):
+    pass
+
+
+@case("base is 'base' in the recipe", "no fields", "--set=base.model=x")
+def override_below_a_value(inputs):
+    pass
+
+
+@case("--set seed=[", "YAML", "--set=seed=[")
+def override_that_is_no_yaml(inputs):
+    pass
+
+
+@pytest.mark.parametrize(("spoil", "culprit", "remedy", "options"), CASES)
+def test_one_sentence_and_nothing_left(inputs, esmerge, tmp_path, spoil, culprit, remedy, options):
+    spoil(inputs)
+    recipe = inputs.save_recipe()
+    inputs_before = sorted(inputs.folder.rglob("*"))
+    code, out, err = esmerge("merge", recipe, "-o", tmp_path / "merged", "--quiet", *options)
+    assert code == 2, err
+    assert not out
+    assert err.startswith("esmerge: ")
+    assert err.count("\n") == 1
+    assert culprit in err
+    assert remedy in err
+    assert sorted(inputs.folder.rglob("*")) == inputs_before
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+@pytest.mark.parametrize("content", [None, "", "just text", "base: [", "base: a\n  b: c"])
+def test_recipe_that_is_none(esmerge, tmp_path, content):
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_text(content)
+    code, _, err = esmerge("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "merged")
+    assert code == 2
+    assert err.startswith("esmerge: the recipe ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_output_that_exists(inputs, esmerge, tmp_path, kind):
+    output = tmp_path / "merged"
+    if kind == "folder":
+        output.mkdir()
+        (output / "precious.txt").write_text("keep me")
+    elif kind == "file":
+        output.write_text("keep me")
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", output)
+    assert code == 2
+    assert err == f"esmerge: the output {output} exists: choose another folder or remove it first.\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "merged"]
+    assert kind == "dangling link" or "keep me" in (output / "precious.txt" if kind == "folder" else output).read_text()
+
+
+def test_output_below_a_file(inputs, esmerge, tmp_path):
+    (tmp_path / "file").write_text("")
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "file" / "merged")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_inspect_of_a_folder_that_is_no_result(esmerge, tmp_path):
+    code, out, err = esmerge("inspect", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"esmerge: {tmp_path} is no esmerge result: it has no coefficients.safetensors.\n"
+
+
+def test_debug_shows_the_traceback(inputs, esmerge_program, tmp_path):
+    inputs.recipe["base"] = "./nowhere"
+    command = [esmerge_program, "merge", inputs.save_recipe(), "-o", tmp_path / "merged"]
+    plain, debug = (
+        subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        for options in ((), ("--debug",))
+    )
+    assert plain.returncode == 2
+    assert plain.stderr.count("\n") == 1
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "InputError" in debug.stderr
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="needs to mount a small disk in a namespace of its own",
+)
+@pytest.mark.parametrize("size", ["8k", "64k"], ids=["full at once", "full in the middle"])
+def test_full_disk(inputs, esmerge_program, tmp_path, size):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inputs.recipe["output"] = {"format": "full"}
+    script = """
+        mount -t tmpfs -o size="$1" tmpfs "$2" && "$3" merge "$4" --quiet -o "$2/merged"
+        code=$?
+        ls -A "$2"
+        exit $code
+    """
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", size, disk, esmerge_program, inputs.save_recipe()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("esmerge: the disk is full; nothing was written")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout, "something was left on the disk"
+
+
+def test_interrupted_merge(inputs, esmerge_program, tmp_path):
+    """A probe that takes minutes; the signal comes when its progress bar shows."""
+    mask = torch.zeros(4000, 40, dtype=torch.bool)
+    mask[:, -1] = True
+    inputs.to_tensors(
+        inputs_embeds=torch.randn(4000, 40, 32),
+        attention_mask=torch.ones(4000, 40, dtype=torch.int64),
+        **{f"mask.{name}": mask.clone() for name in inputs.recipe["specialists"]},
+    )
+    command = [esmerge_program, "merge", inputs.save_recipe(), "-o", tmp_path / "merged"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"embedding signals" not in shown:
+            byte = process.stderr.read(1)
+            assert byte, shown.decode()
+            shown += byte
+        assert any(path.name.startswith(".merged") for path in tmp_path.iterdir()), "the merge is under way"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read().decode()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1] == "esmerge: interrupted; nothing was written."
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]

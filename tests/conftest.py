@@ -1,0 +1,178 @@
+"""Tiny models, adapters and tokenizers on disk, built once per session, and ways to run the command line."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+CHAT_TEMPLATE = (
+    "<|system|>Answer about the molecule and the protein.\n"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ITEMS = {
+    "molecule": ["CCO", "c1ccccc1", "CC(=O)O", "CCN(CC)CC", "C#N"],
+    "protein": ["MKTAYIAK", "GSHMLEDP", "MALWMRLLPL", "KKLLKK", "ACDEFGHIK"],
+    "cell": ["CD3D, CD8A", "MS4A1, CD79A", "LYZ", "NKG7, GNLY", "PPBP, PF4"],
+}
+TEMPLATE = "Molecule: {molecule}\nProtein: {protein}\nCell: {cell}"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The reference values and the inputs they were computed from."""
+    return Path(__file__).parent / "golden" / "llama3"
+
+
+@pytest.fixture(scope="session")
+def make_base():
+    """A function that saves a random model of a transformers configuration, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def make(config, folder, seed=0):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Norms and biases start as ones and zeros, which would hide whether they are applied.
+                parameter.add_(torch.randn_like(parameter) * (0.2 if "norm" in name or "bias" in name else 0.1))
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """A function that saves a random adapter of a base with PEFT, all its factors different from zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def make(base, folder, seed, **settings):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A fast byte-level BPE tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    lines = [TEMPLATE, CHAT_TEMPLATE, *(item for items in ITEMS.values() for item in items)]
+    bpe.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, make_base, make_adapter, tokenizer):
+    """A folder with a tiny Llama, three adapters of rank 4 with the same scaling, and probe texts.
+
+    Its recipe is the fixture `recipe`.
+    """
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    make_base(config, folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for seed, (name, items) in enumerate(ITEMS.items(), start=1):
+        make_adapter(folder / "base", folder / name, seed, r=4, lora_alpha=8, target_modules=ATTENTION + MLP)
+        (folder / f"{name}.txt").write_text("\n".join(items) + "\n")
+    return folder
+
+
+@pytest.fixture
+def recipe():
+    """The plain recipe of the fixture `llama`, as a mapping to change."""
+    return {
+        "base": "base",
+        "specialists": {name: {"model": name} for name in ITEMS},
+        "probe": {"samples": 5, "template": TEMPLATE, "data": {name: f"{name}.txt" for name in ITEMS}},
+        "coefficients": {"from": "embedding_signals", "projections": 32},
+    }
+
+
+@pytest.fixture
+def merge(llama, tmp_path):
+    """A function that merges a recipe mapping, with paths relative to `llama`, and returns the output folder."""
+    from esmerge.pipeline import merge as run
+    from esmerge.recipe import parse_recipe
+
+    def merge(content, name="merged"):
+        run(parse_recipe(content, llama), tmp_path / name, progress=False)
+        return tmp_path / name
+
+    return merge
+
+
+@pytest.fixture
+def esmerge(monkeypatch, capsys):
+    """A function that runs the command line in this process and returns exit code, output and error output."""
+    from esmerge.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["esmerge", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def esmerge_program():
+    """The installed program."""
+    return Path(sysconfig.get_path("scripts")) / "esmerge"
+
+
+@pytest.fixture(scope="session")
+def run_program(esmerge_program):
+    """A function that runs the installed program in a process of its own, which must succeed."""
+
+    def run(*arguments):
+        done = subprocess.run([esmerge_program, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
