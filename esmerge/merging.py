@@ -147,6 +147,7 @@ class TensorStream:
         deltas: None for a specialist that leaves it as it is.
         device: on which blocks are handed out.
         several: whether several results are made from it.
+        changing: gets the indices of the specialists that change anything here.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class TensorStream:
         deltas: Sequence[Delta | None],
         device: torch.device,
         several: bool = False,
+        changing: set[int] | None = None,
     ) -> None:
         self.several = several
+        self._changing = set() if changing is None else changing
         self.shape = shape
         self.deltas = deltas
         self.device = device
@@ -182,7 +185,18 @@ class TensorStream:
         """Rows of all deltas, float32; zeros for those that are none."""
         if base is None and any(delta is not None and delta.needs_base for delta in self.deltas):
             base = self.base(start, stop)
-        return [self._rows(delta, start, stop, base) for delta in self.deltas]
+        blocks = [self._rows(delta, start, stop, base) for delta in self.deltas]
+        for index, block in enumerate(blocks):
+            # One look at the first block that differs from zero is all that it takes.
+            if index not in self._changing and block.any():
+                self._changing.add(index)
+        return blocks
+
+    def note_factors(self) -> None:
+        """Find out which specialists change anything where only their factors are looked at."""
+        for index, delta in enumerate(self.deltas):
+            if index not in self._changing and isinstance(delta, LoraDelta) and delta.a.any() and delta.b.any():
+                self._changing.add(index)
 
     def _rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
         if delta is None:
@@ -301,6 +315,7 @@ def merge_low_rank(
     if all(isinstance(delta, LoraDelta) for delta in present):
         weights = merger.sum_weights(name, layer)
         if weights is not None:
+            stream.note_factors()
             pairs = [(w, d) for w, d in zip(weights.tolist(), stream.deltas, strict=True) if isinstance(d, LoraDelta)]
             bs = [(delta.folded_b * weight).to(stream.device) for weight, delta in pairs]
             b, a, merger.kept_energy[name] = refactor(bs, [delta.a.to(stream.device) for _, delta in pairs], rank)
@@ -338,6 +353,7 @@ class _FactorStream(TensorStream):
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device) -> None:
         self.several = False
+        self._changing = set(range(len(factors)))
         self.shape = tuple(factors[0].shape)
         self.deltas = [None] * len(factors)
         self.device = device

@@ -1,5 +1,6 @@
 """Merges all tensors of a plan, several at a time, and writes them where they belong."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +20,8 @@ from esmerge.merging import Merger, Statistics, TensorStream, merge_factors, mer
 from esmerge.plan import Plan, Target, agreed, common_scaling
 from esmerge.specialists import LoraSpecialist
 from esmerge.vocabulary import write_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Observe = Callable[[str, Tensor, Sequence[Tensor]], None]
 
@@ -121,6 +124,7 @@ class AdapterOutput(Output):
 
     def write(self, target: Target, stream: TensorStream) -> None:
         if self.factors is not None:
+            stream.note_factors()
             b, a, scaling = self._merged_factors(target)
             note = self._factor_notes(target)
         else:
@@ -177,6 +181,7 @@ class FullOutput(Output):
             for start, stop in stream.spans:
                 self._write_rows(target, start, self.plan.checkpoint.read_range(target.stored, start, stop))
         elif self.factors is not None:
+            stream.note_factors()
             b, a, scaling = self._merged_factors(target)
             for start, stop in stream.spans:
                 merged = b[start:stop] @ a * scaling
@@ -226,10 +231,12 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     pending = [(target, [output for output in outputs if not output.recall(target)]) for target in outputs[0].targets]
     pending = sorted(((t, o) for t, o in pending if o), key=lambda entry: -_bytes(entry[0]))
 
+    device, changing = torch.device(plan.recipe.device), set[int]()
+    several = len(outputs) > 1
+
     def write(target: Target, wanting: Sequence[Output]) -> None:
-        device = torch.device(plan.recipe.device)
         deltas = plan.deltas(target)
-        stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several=len(outputs) > 1)
+        stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         for output in wanting:
             output.write(target, stream)
 
@@ -248,6 +255,10 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    if len(pending) == len(outputs[0].targets):
+        for index, specialist in enumerate(plan.specialists):
+            if index not in changing:
+                logger.warning("specialist %s is identical to the base: its delta is zero everywhere", specialist.name)
 
 
 def _not_finite(plan: Plan, target: Target) -> str:
