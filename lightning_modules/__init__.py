@@ -1,0 +1,1 @@
+"""Training and scoring of language models on prompts with short answers, as PyTorch Lightning modules."""

@@ -1,0 +1,72 @@
+"""Fine-tunes a causal language model on prompts with answers: all of it, or the adapters that PEFT put into it."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_modules.data import AnswerBatch
+from lightning_modules.shared_prefix import CausalLM, last_logits
+
+
+class AnswerFinetuning(LightningModule):
+    """Trains whatever parameters of `model` require a gradient, with the loss on the answers' tokens only.
+
+    Adapters in float32 on a bfloat16 base train well with `Trainer(precision="bf16-mixed")`: the arithmetic is
+    bfloat16, the weights that the optimizer sees are not. Checkpoints hold the trained parameters and no others.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        learning_rate: float = 5e-4,
+        warmup_share: float = 0.1,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="model")
+        self.model = model
+        self.learning_rate = learning_rate
+        self.warmup_share = warmup_share
+        self.weight_decay = weight_decay
+        # A checkpoint lacks the frozen parameters on purpose.
+        self.strict_loading = False
+
+    def training_step(self, batch: AnswerBatch, batch_index: int) -> Tensor:
+        loss = answer_loss(self.model, batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        return loss
+
+    def validation_step(self, batch: AnswerBatch, batch_index: int) -> None:
+        self.log("validation_loss", answer_loss(self.model, batch), prog_bar=True, batch_size=len(batch.labels))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_then_decay(step, steps, round(steps * self.warmup_share))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
+        }
+
+
+def answer_loss(model: CausalLM, batch: AnswerBatch) -> Tensor:
+    """The mean cross-entropy over the answers' tokens."""
+    logits = last_logits(model, batch.tokens, last=batch.labels.shape[1])
+    return cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+
+
+def warmup_then_decay(step: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate's factor: up in a straight line, then down to zero in another."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (steps - step) / max(1, steps - warmup_steps))

@@ -1,0 +1,90 @@
+import random
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lightning_modules import likelihood
+from lightning_modules.likelihood import answer_log_likelihoods
+
+ANSWERS = [[3], [4, 5], [4, 5, 6], [9, 8, 7, 6]]
+# The windows are shorter than most prompts below.
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8}),
+}
+
+
+def make_prompts(common, count=9, longest=20):
+    generator = random.Random(common)
+    beginning = [generator.randrange(64) for _ in range(common)]
+    return [beginning + [generator.randrange(64) for _ in range(generator.randint(1, longest))] for _ in range(count)]
+
+
+@torch.no_grad()
+def one_at_a_time(model, prompts, answers):
+    """One full sequence per prompt and answer: no padding, no cache, nothing shared."""
+    scores = torch.zeros(len(prompts), len(answers))
+    for row, prompt in enumerate(prompts):
+        for column, answer in enumerate(answers):
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            scores[row, column] = logits.log_softmax(dim=-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()
+    return scores
+
+
+@pytest.mark.parametrize("common", [0, 5])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_one_at_a_time(tiny_settings, name, attention, common):
+    config_class, settings = MODELS[name]
+    config = getattr(transformers, config_class)(**tiny_settings, **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    prompts = make_prompts(common)
+    scores = answer_log_likelihoods(model, prompts, ANSWERS, batch_size=4)
+    torch.testing.assert_close(scores, one_at_a_time(model, prompts, ANSWERS), rtol=1e-5, atol=1e-5)
+
+
+def test_equals_one_at_a_time_where_branches_are_not_possible(tiny_llama, monkeypatch):
+    monkeypatch.setattr(likelihood, "_can_branch", lambda *arguments: False)
+    prompts = make_prompts(common=5)
+    scores = answer_log_likelihoods(tiny_llama, prompts, ANSWERS)
+    torch.testing.assert_close(scores, one_at_a_time(tiny_llama, prompts, ANSWERS), rtol=1e-5, atol=1e-5)
+
+
+def test_works_with_an_adapter(tiny_llama):
+    prompts = make_prompts(common=3)
+    base = answer_log_likelihoods(tiny_llama, prompts, ANSWERS)
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    scores = answer_log_likelihoods(model, prompts, ANSWERS)
+    assert not torch.allclose(scores, base, atol=1e-2)
+    torch.testing.assert_close(scores, one_at_a_time(model, prompts, ANSWERS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_does_not_depend_on_the_batch(tiny_llama, batch_size):
+    prompts = make_prompts(common=4)
+    order = random.Random(1).sample(range(len(prompts)), len(prompts))
+    scores = answer_log_likelihoods(tiny_llama, prompts, ANSWERS, batch_size=5)
+    shuffled = answer_log_likelihoods(tiny_llama, [prompts[index] for index in order], ANSWERS, batch_size)
+    torch.testing.assert_close(shuffled, scores[order], rtol=1e-5, atol=1e-5)
+
+
+def test_neither_other_answers_nor_their_order_matter(tiny_llama):
+    prompts = make_prompts(common=4)
+    scores = answer_log_likelihoods(tiny_llama, prompts, ANSWERS)
+    alone = torch.cat([answer_log_likelihoods(tiny_llama, prompts, [answer]) for answer in ANSWERS[::-1]], dim=1)
+    torch.testing.assert_close(alone.flip(1), scores, rtol=1e-5, atol=1e-5)
+
+
+def test_probabilities_of_all_tokens_add_up_to_one(tiny_llama):
+    scores = answer_log_likelihoods(tiny_llama, make_prompts(common=2), [[token] for token in range(64)])
+    torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(len(scores)))
+
+
+def test_an_empty_answer_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="no tokens"):
+        answer_log_likelihoods(tiny_llama, [[1, 2]], [[3], []])
