@@ -226,7 +226,8 @@ def _probe_files(plan: Plan) -> list[str]:
     probe = plan.recipe.probe
     if probe is None or not isinstance(plan.recipe.coefficients, EmbeddingSignals):
         return []
-    return [reference for reference in [probe.tensors, *(probe.data or {}).values()] if reference]
+    template = probe.chat_template if probe.chat_template and "{" not in probe.chat_template else None
+    return [reference for reference in [probe.tensors, template, *(probe.data or {}).values()] if reference]
 
 
 def _fingerprint(plan: Plan) -> str:

@@ -71,13 +71,7 @@ def make_probe(plan: Plan, backbone: Backbone) -> Probe:
     items = {name: read_items(plan.path(recipe.data[name]), recipe.samples, name) for name in names}
     chat_template = recipe.chat_template
     if chat_template is not None and "{" not in chat_template:
-        try:
-            chat_template = plan.path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"probe.chat_template: {plan.path(chat_template)} cannot be read ({error.strerror}); give a Jinja "
-                "template or a file that holds one."
-            ) from error
+        chat_template = plan.path(chat_template).read_text(encoding="utf-8")
     try:
         tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:

@@ -228,6 +228,8 @@ class Recipe(_Strict):
     def _specialists(cls, value: Any) -> Any:
         if isinstance(value, dict):
             for name in value:
+                if name == "base":
+                    raise ValueError("a specialist cannot be named base; name it after its modality")
                 if not str(name).isidentifier():
                     raise ValueError(f"{name!r} is no valid specialist name: use letters, digits and underscores")
             return {name: {"model": entry} if isinstance(entry, str) else entry for name, entry in value.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from esmerge.errors import InputError
 
 # What a merge can need; pickles are never fetched.
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "merges.txt"]
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _download(repository: str, revision: str | None, field: str) -> Source:
 class ContentHashes:
     """Hashes folders in the background while a merge works; reading a file once more costs no waiting.
 
-    The hash is XXH3 over names and bytes of the safetensors and JSON files, in order: it tells whether two
+    The hash is XXH3 over names and bytes of the files that a merge can need, in order: it tells whether two
     inputs are the same, not whether somebody tampered with one.
     """
 
@@ -102,11 +102,11 @@ class ContentHashes:
 
 
 def content_hash(path: Path) -> str:
-    """`xxh3:<hex>` of a file, or of the safetensors and JSON files in a folder."""
+    """`xxh3:<hex>` of a file, or of the files in a folder that a merge can need."""
     import xxhash
 
     digest = xxhash.xxh3_128()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.json"))
+    files = [path] if path.is_file() else sorted({file for pattern in PATTERNS for file in path.glob(pattern)})
     buffer = memoryview(bytearray(1 << 22))
     for file in files:
         digest.update(file.name.encode())
