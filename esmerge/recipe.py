@@ -153,12 +153,13 @@ class MethodRecipe(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> Self:
         from esmerge.methods import METHODS
+        from esmerge.methods.registry import accepted
 
         if self.name not in METHODS:
             raise ValueError(f"name is {self.name!r}{_nearest(self.name, list(METHODS))} (known: {', '.join(METHODS)})")
-        parameters = METHODS[self.name].parameters
+        parameters, check = METHODS[self.name].parameters, METHODS[self.name].check
         try:
-            parameters.model_validate(self.parameters)
+            values = parameters.model_validate(self.parameters).model_dump()
         except ValidationError as error:
             first = error.errors()[0]
             field = str(first["loc"][0])
@@ -167,6 +168,8 @@ class MethodRecipe(BaseModel):
                 has = f"known: {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"{field} is no parameter of {self.name}{_nearest(field, known)} ({has})") from error
             raise ValueError(f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        if check is not None:
+            check(**accepted(check, values))
         return self
 
     @property

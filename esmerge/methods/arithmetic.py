@@ -16,6 +16,11 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Tensor) -> Tensor:
     return merged
 
 
+def shares(weights: Tensor) -> Tensor:
+    """Weights [S, ...] divided by their sum over S; zeros where that vanishes."""
+    return divided(weights.clone(), weights.sum(dim=0))
+
+
 def divided(merged: Tensor, divisor: Tensor) -> Tensor:
     """`merged / divisor`, in place; as it is where the divisor vanishes."""
     return merged.div_(torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor))

@@ -6,6 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from esmerge.methods.arithmetic import shares, weighted_sum
 from esmerge.methods.registry import Count, Finite, Positive, merging_method
 
 _PARALLEL = 0.9995
@@ -21,8 +22,10 @@ def slerp(deltas: Sequence[Tensor], weights: Tensor, *, base: Tensor, t: Finite 
         base: the base's tensor.
         t: 0 for the first specialist, 1 for the second; by default the second's share of the two weights.
     """
+    if not weights.any():
+        return torch.zeros_like(base)
     first, second = base + deltas[0], base + deltas[1]
-    share = weights[1] / (weights[0] + weights[1]) if t is None else torch.as_tensor(t, dtype=base.dtype)
+    share = shares(weights)[1] if t is None else torch.as_tensor(t, dtype=base.dtype)
     cosine = (first * second).sum() / (first.norm() * second.norm()).clamp_min(1e-16)
     if cosine.abs() > _PARALLEL:
         return (1 - share) * first + share * second - base
@@ -44,15 +47,16 @@ def karcher(
         iterations: at most so many steps.
         tolerance: stop when a step is shorter, in radians.
     """
-    shares = (weights / weights.sum(dim=0)).reshape(len(deltas), -1)
-    if shares.shape[1] != 1:
-        raise ValueError("karcher takes one weight per specialist and tensor")
+    if not weights.any():
+        return torch.zeros_like(base)
+    parts = shares(weights).expand(len(deltas), *base.shape).reshape(len(deltas), -1)
     points = torch.stack([(base + delta).reshape(-1) for delta in deltas])
     lengths = points.norm(dim=1, keepdim=True)
     present = lengths[:, 0] > tolerance
     if not present.any():
         return torch.zeros_like(base)
-    units, kept = points[present] / lengths[present], shares[present] / shares[present].sum()
+    units = points[present] / lengths[present]
+    kept = shares(parts[present])
     mean = (kept * units).sum(dim=0)
     mean = mean / mean.norm() if mean.norm() >= tolerance else units[0]
     for _ in range(iterations):
@@ -65,7 +69,7 @@ def karcher(
             break
         mean = torch.cos(step) * mean + torch.sin(step) * tangent / step
         mean = mean / mean.norm()
-    return ((shares * lengths).sum() * mean).reshape(base.shape) - base
+    return ((parts * lengths).sum(dim=0) * mean).reshape(base.shape) - base
 
 
 @merging_method()
@@ -78,4 +82,4 @@ def model_stock(deltas: Sequence[Tensor], weights: Tensor) -> Tensor:
     cosine = torch.stack(cosines).mean().clamp(-1, 1)
     denominator = 1 + (len(deltas) - 1) * cosine
     share = len(deltas) * cosine / denominator if denominator.abs() >= 1e-6 else torch.zeros_like(cosine)
-    return share * sum(weight * delta for weight, delta in zip(weights / weights.sum(dim=0), deltas, strict=True))
+    return share * weighted_sum(deltas, shares(weights))

@@ -38,6 +38,7 @@ class Method:
         needs_base: takes the base's tensor as `base`.
         random: takes a `generator`.
         specialists: how many it can merge; None for any number.
+        check: raises `ValueError` for parameters that do not fit each other.
     """
 
     name: str
@@ -48,13 +49,18 @@ class Method:
     needs_base: bool
     random: bool
     specialists: int | None
+    check: Callable[..., None] | None
 
 
 METHODS: dict[str, Method] = {}
 
 
 def merging_method(
-    *, combine: MergeFunction | None = None, sparsify: Sparsifier | None = None, specialists: int | None = None
+    *,
+    combine: MergeFunction | None = None,
+    sparsify: Sparsifier | None = None,
+    specialists: int | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Make a function known to recipes under its own name.
 
@@ -76,7 +82,7 @@ def merging_method(
         config = ConfigDict(extra="forbid", populate_by_name=True)
         model = create_model(name, __config__=config, **fields)
         METHODS[name] = Method(
-            name, function, model, combine, sparsify, "base" in names, "generator" in names, specialists
+            name, function, model, combine, sparsify, "base" in names, "generator" in names, specialists, check
         )
         return function
 

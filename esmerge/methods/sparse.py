@@ -12,6 +12,7 @@ from esmerge.methods.arithmetic import scaled_sum
 from esmerge.methods.registry import Finite, Fraction, Sparsifier, merging_method
 from esmerge.methods.sparsify import (
     CACHE_ELEMENTS,
+    check_probabilities,
     keep_largest,
     keep_middle,
     keep_random,
@@ -187,7 +188,7 @@ def breadcrumbs_ties(
     return elected_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
 
 
-@merging_method(combine=scaled_sum, sparsify=keep_random_by_magnitude)
+@merging_method(combine=scaled_sum, sparsify=keep_random_by_magnitude, check=check_probabilities)
 def della_linear(
     deltas: Sequence[Tensor],
     weights: Tensor,
@@ -210,7 +211,7 @@ def della_linear(
     return scaled_sum(sparse, weights, normalize=normalize, lambda_=lambda_)
 
 
-@merging_method(combine=elected_sum, sparsify=keep_random_by_magnitude)
+@merging_method(combine=elected_sum, sparsify=keep_random_by_magnitude, check=check_probabilities)
 def della(
     deltas: Sequence[Tensor],
     weights: Tensor,

@@ -99,8 +99,7 @@ def keep_random_by_magnitude(
     """
     if density >= 1 or not count:
         return _keep_all
-    if density - epsilon <= 0 or density + epsilon >= 1:
-        raise ValueError(f"density {density} plus and minus epsilon {epsilon} must lie between 0 and 1")
+    check_probabilities(density, epsilon)
 
     def sparsify(block: Tensor) -> Tensor:
         rows = block.reshape(1, -1) if block.dim() < 2 else block
@@ -110,6 +109,12 @@ def keep_random_by_magnitude(
         return (rows * (drawn < probabilities) / probabilities).reshape(block.shape)
 
     return sparsify
+
+
+def check_probabilities(density: float, epsilon: float) -> None:
+    """Raise `ValueError` unless density - epsilon and density + epsilon are probabilities of keeping an element."""
+    if density < 1 and (density - epsilon <= 0 or density + epsilon >= 1):
+        raise ValueError(f"density {density} plus and minus epsilon {epsilon} must lie between 0 and 1")
 
 
 def _keep_all(block: Tensor) -> Tensor:
