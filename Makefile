@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(BIN)/esmerge demo -o demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

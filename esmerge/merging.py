@@ -201,10 +201,17 @@ class TensorStream:
     def _rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
         if delta is None:
             return torch.zeros((stop - start, *self.shape[1:]) if self.shape else (), device=self.device)
+        # A specialist whose vocabulary is not padded as the base's has fewer rows; it leaves the others as they are.
+        end = max(start, min(stop, delta.shape[0])) if self.shape else stop
+        missing = stop - end
         if delta.needs_base:
             assert base is not None
-            return delta.rows(start, stop, base.cpu()).to(self.device)
-        return delta.rows(start, stop).to(self.device)
+            rows = delta.rows(start, end, (base[: end - start] if missing else base).cpu())
+        else:
+            rows = delta.rows(start, end)
+        if missing:
+            rows = torch.cat([rows, rows.new_zeros(missing, *self.shape[1:])])
+        return rows.to(self.device)
 
     def kept_block(self, start: int, stop: int) -> list[Tensor]:
         """As `block`, for methods that make several passes: made once where the tensor is small enough."""

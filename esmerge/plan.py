@@ -208,12 +208,15 @@ def _match(
     head, embeddings = _embeddings(stored)
     tied = head is None and embeddings is not None
     changes = [set(specialist.names) for specialist in specialists]
+    # Only where the base ties them does an adapter tie its embeddings; a full checkpoint says so itself.
+    ties = [s.ties_embeddings and (tied or isinstance(s, FullSpecialist)) for s in specialists]
     untied = False
     if tied:
+        # PEFT saves the output embeddings of such adapters once more.
+        changes = [c - set(OUTPUT_EMBEDDINGS) if follows else c for c, follows in zip(changes, ties, strict=True)]
         # Tied embeddings stay tied only if every specialist changes both alike.
         apart = [
-            not s.ties_embeddings and bool(c & {embeddings, *OUTPUT_EMBEDDINGS})
-            for s, c in zip(specialists, changes, strict=True)
+            not follows and bool(c & {embeddings, *OUTPUT_EMBEDDINGS}) for follows, c in zip(ties, changes, strict=True)
         ]
         untied = any(apart)
     entries = {name: (stored[name], stored[name]) for name in stored}
@@ -225,9 +228,9 @@ def _match(
     for name, (source, written) in entries.items():
         info = checkpoint.info(source)
         changed = []
-        for specialist, names in zip(specialists, changes, strict=True):
+        for follows, names in zip(ties, changes, strict=True):
             found: str | None = name if name in names else None
-            if name == head and found is None and specialist.ties_embeddings and embeddings in names:
+            if name == head and found is None and follows and embeddings in names:
                 found = embeddings
             changed.append(found)
         if any(changed) and info.dtype not in MERGEABLE:

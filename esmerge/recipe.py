@@ -295,13 +295,11 @@ def _check_keys(field: str, given: Mapping[str, Any], names: Sequence[str]) -> N
 
 
 def _check_weights(given: Mapping[str, float | dict[str, float]]) -> None:
-    for name, value in given.items():
-        for number in value.values() if isinstance(value, dict) else [value]:
-            if number < 0:
-                raise ValueError(
-                    f"coefficients.{name} is {number}; negative coefficients undo a specialist, use 0 or more"
-                )
-    if all(value == 0 for value in given.values()):
+    numbers = [(n, x) for n, value in given.items() for x in (value.values() if isinstance(value, dict) else [value])]
+    for name, number in numbers:
+        if number < 0:
+            raise ValueError(f"coefficients.{name} is {number}; negative coefficients undo a specialist, use 0 or more")
+    if not any(number for _, number in numbers):
         raise ValueError("coefficients are all 0, which gives the base back; at least one must be positive")
 
 

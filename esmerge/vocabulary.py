@@ -43,7 +43,7 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
     source = dict.fromkeys(known, "the base")
     owners: dict[int, list[int]] = {}
     added: dict[int, dict[str, Any]] = {}
-    for index, (name, folder, count) in enumerate(specialists):
+    for index, (name, folder, _) in enumerate(specialists):
         own = _tokens(folder)
         for token_id, token in own.items():
             if token_id in source and known[token_id] != token:
@@ -56,10 +56,10 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
                 added[token_id] = _added_tokens(folder).get(token_id, {"id": token_id, "content": token})
                 known[token_id] = token
                 source[token_id] = name
-        for row in range(rows, count):
-            if index not in owners.setdefault(row, []):
-                owners[row].append(index)
     size = max([rows, *(count for _, _, count in specialists)])
+    for row in range(rows, size):
+        # Where nobody has a token, rows pad a vocabulary; they do not count beside those of tokens.
+        owners.setdefault(row, [index for index, (_, _, count) in enumerate(specialists) if row < count])
     wanted = [added[token_id] for token_id in sorted(added) if token_id not in entries]
     return Vocabulary(size, {row: owned for row, owned in owners.items() if row < size}, wanted)
 

@@ -299,7 +299,8 @@ def _write_own_rows(plan: Plan, target: Target, stream: TensorStream, writer: Ch
 def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:
     if isinstance(delta, ValueDelta):
         return delta.values(row, row + 1)
-    base = stream.base(row, row + 1)
+    known = row < stream.shape[0]
+    base = stream.base(row, row + 1) if known else torch.zeros((1, *stream.shape[1:]), device=stream.device)
     return base + delta.rows(row, row + 1, base)
 
 

@@ -14,6 +14,7 @@ from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, Su
 from esmerge.errors import InputError
 from esmerge.names import canonical_name, natural_order
 from esmerge.sources import read_json
+from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 # What PEFT appends to a module's name, with or without the adapter's name; factors of embeddings are transposed.
 _PARTS = re.compile(
@@ -49,7 +50,8 @@ class LoraSpecialist:
         config: its adapter_config.json.
         modules: canonical name of each weight with plain low-rank factors -> the module's name in the base, as PEFT
             has it.
-        ties_embeddings: whether what it does to the input embeddings holds for the output embeddings too.
+        ties_embeddings: whether what it does to the input embeddings holds for the output embeddings too, where the
+            base ties them.
 
     Raises:
         InputError: if it is no LoRA, or holds anything that cannot be expressed as deltas.
@@ -61,7 +63,6 @@ class LoraSpecialist:
         self.config: Mapping[str, Any] = read_json(folder / "adapter_config.json")
         _check_type(self.config, folder / "adapter_config.json")
         self.checkpoint = Checkpoint.open(folder, "adapter_model")
-        self.ties_embeddings = bool(self.config.get("ensure_weight_tying"))
         self.modules: dict[str, str] = {}
         # By canonical name of the weight: part (`lora_A.weight`, ...) -> the adapter's tensor.
         self._parts: dict[str, dict[str, str]] = {}
@@ -74,6 +75,10 @@ class LoraSpecialist:
         _check_variant(self.config, folder / "adapter_config.json")
         for weight in self._parts:
             self._check_factors(weight)
+        # PEFT's trained tokens follow the base's tying unless the output embeddings have their own.
+        others = {*self._parts, *self._values} & {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS}
+        tokens = not others and not self._tokens.keys() & set(OUTPUT_EMBEDDINGS) and bool(self._tokens)
+        self.ties_embeddings = bool(self.config.get("ensure_weight_tying")) or tokens
 
     def _classify(self, tensor: str) -> None:
         if match := _PARTS.match(tensor):
@@ -98,6 +103,13 @@ class LoraSpecialist:
         """Find out whether the factors of a weight fit each other and the config."""
         parts = self._parts[weight]
         letters = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else _FACTORS
+        if letters is not _FACTORS:
+            for part, tensor in parts.items():
+                if part not in letters:
+                    raise InputError(
+                        f"{self.folder}: {tensor} cannot be merged, as DoRA of embeddings scales whole columns: "
+                        "merge the adapter into its base and give the full checkpoint."
+                    )
         for part in letters:
             if part not in parts:
                 raise InputError(f"{self.folder}: {next(iter(parts.values()))} has no {part} beside it.")
@@ -179,15 +191,24 @@ class LoraSpecialist:
         """
         if name in self._values:
             stored = ValueDelta(self.checkpoint, self._values[name])
-            # PEFT saves embeddings whole beside their factors.
-            return SumDelta(stored, self._factor_delta(name)) if name in self._parts else stored
+            # PEFT saves embeddings whole beside their factors, and a layer's bias beside that of its B.
+            if name in self._parts:
+                return SumDelta(stored, self._factor_delta(name))
+            branch = self._branch_bias(name)
+            return SumDelta(stored, branch) if branch else stored
         if name in self._tokens:
             values = self._read(self._tokens[name])
             return RowDelta(self._token_indices(name, len(values)), values, shape)
         if name not in self._parts:
-            weight = name.removesuffix("bias") + "weight"
-            return ShiftDelta(self._read(self._parts[weight]["lora_B.bias"]) * self.scaling(weight))
+            branch = self._branch_bias(name)
+            assert branch is not None
+            return branch
         return self._factor_delta(name)
+
+    def _branch_bias(self, name: str) -> ShiftDelta | None:
+        weight = name.removesuffix("bias") + "weight"
+        tensor = self._parts.get(weight, {}).get("lora_B.bias")
+        return ShiftDelta(self._read(tensor) * self.scaling(weight)) if tensor else None
 
     def _factor_delta(self, name: str) -> Delta:
         parts = self._parts[name]

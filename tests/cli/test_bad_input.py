@@ -302,6 +302,243 @@ def nan_in_a_tensor_merged_from_the_base(inputs):
     inputs.recipe["output"] = {"format": "full"}
 
 
+# Full checkpoints
+
+
+def to_full(inputs, name="cell", **settings):
+    """Makes a specialist a full checkpoint: the base, slightly moved."""
+    model = AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    shutil.rmtree(inputs / name)
+    model.save_pretrained(inputs / name, **settings)
+    inputs.recipe["output"] = {"format": "full"}
+
+
+def to_shards(inputs):
+    to_full(inputs, max_shard_size="20KB")
+    index = json.loads((inputs / "cell" / "model.safetensors.index.json").read_text())
+    return index["weight_map"]
+
+
+def save_index(inputs, text):
+    (inputs / "cell" / "model.safetensors.index.json").write_text(text)
+
+
+@case("names the shard model-00002-of-", "download it again")
+def missing_shard_of_a_specialist(inputs):
+    to_shards(inputs)
+    next((inputs / "cell").glob("model-00002-*")).unlink()
+
+
+@case("lists model.norm.weight twice", "save the checkpoint again")
+def tensor_listed_twice_in_the_index(inputs):
+    shards = to_shards(inputs)
+    entries = [f'"{name}": "{shard}"' for name, shard in shards.items()]
+    entries.append(f'"model.norm.weight": "{shards["lm_head.weight"]}"')
+    save_index(inputs, f'{{"weight_map": {{{", ".join(entries)}}}}}')
+
+
+@case("tensor model.norm.weight is in the shard but not in the index", "model-00001-of-")
+def tensor_in_two_shards(inputs):
+    shards = to_shards(inputs)
+    first = next((inputs / "cell").glob("model-00001-*")).name
+    assert shards["model.norm.weight"] != first
+    inputs.change_tensors(f"cell/{first}", lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}))
+    entries = [f'"{name}": "{shard}"' for name, shard in shards.items()]
+    save_index(inputs, f'{{"weight_map": {{{", ".join(entries)}}}}}')
+
+
+@case("tensor lm_head.bias is in the index but not in the shard", "save the checkpoint again")
+def index_that_names_more_than_there_is(inputs):
+    shards = to_shards(inputs)
+    save_index(inputs, json.dumps({"weight_map": shards | {"lm_head.bias": shards["lm_head.weight"]}}))
+
+
+@case("tensor lm_head.weight is in the shard but not in the index", "save the checkpoint again")
+def index_that_names_less_than_there_is(inputs):
+    shards = to_shards(inputs)
+    name = shards.pop("lm_head.weight")
+    save_index(inputs, json.dumps({"weight_map": shards | {"other": name}}))
+    # The shard has neither more nor fewer tensors than the index gives it.
+    inputs.change_tensors(f"cell/{name}", lambda tensors: tensors.update({"other": torch.ones(2)}))
+
+
+@case("cell/model.safetensors.index.json is no safetensors index", "weight_map")
+def index_that_is_none(inputs):
+    to_shards(inputs)
+    save_index(inputs, "{}")
+
+
+@case("model.layers.1.mlp.up_proj.weight with shape [47, 32]", "[48, 32]: it was trained from another base")
+def one_tensor_of_another_shape(inputs):
+    name = "model.layers.1.mlp.up_proj.weight"
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", lambda tensors: tensors.update({name: tensors[name][:47].clone()}))
+
+
+@case("lacks 1 tensors of the base", "model.layers.1.mlp.up_proj.weight: it is incomplete")
+def full_checkpoint_that_lacks_a_tensor(inputs):
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+@case("cell has 1 tensors that change nothing in the base", "extra.weight")
+def full_checkpoint_with_a_tensor_of_its_own(inputs):
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
+
+
+@case("cell is Mistral, the base is Llama", "trained from the base")
+def full_checkpoint_of_another_architecture(inputs):
+    to_full(inputs)
+    inputs.change_json("cell/config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+
+
+def to_fp8(tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@case("model.layers.0.mlp.up_proj.weight is stored as torch.float8_e4m3fn", "in bfloat16, float16 or float32")
+def specialist_in_fp8(inputs):
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", to_fp8)
+
+
+@case("model.layers.0.mlp.up_proj.weight is stored as torch.float8_e4m3fn", "use the base in bfloat16")
+def base_in_fp8(inputs):
+    inputs.change_tensors("base/model.safetensors", to_fp8)
+
+
+@case("specialist cell: ", "is quantised (bitsandbytes); save it dequantised")
+def quantised_specialist(inputs):
+    to_full(inputs)
+    inputs.change_json("cell/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+@case("the base base is quantised", "use it in bfloat16, float16 or float32")
+def quantised_base(inputs):
+    inputs.change_json("base/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@case("cell holds its weights as a pickle (pytorch_model.bin)", "convert it to model.safetensors")
+def pickled_specialist(inputs):
+    to_full(inputs)
+    (inputs / "cell" / "model.safetensors").rename(inputs / "cell" / "pytorch_model.bin")
+
+
+@case("model.layers.1.mlp.up_proj.weight has NaN", "cell/model.safetensors", "--set=coefficients=uniform")
+def nan_in_a_full_checkpoint(inputs):
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
+
+
+@case("output.rank is missing", "full checkpoint cell")
+def full_checkpoint_into_an_adapter_without_rank(inputs):
+    to_full(inputs)
+    weights = load_file(inputs / "base" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(weights, inputs / "cell" / "model.safetensors", metadata={"format": "pt"})
+    inputs.recipe["output"] = {}
+
+
+@case("cell changes model.layers.0.input_layernorm.weight, which a LoRA adapter cannot hold", "format: full")
+def full_checkpoint_with_other_norms_into_an_adapter(inputs):
+    to_full(inputs)
+    inputs.recipe["output"] = {"rank": 4}
+
+
+@case("space factors needs LoRA adapters", "use space: weights", "--set=space=factors")
+def full_checkpoint_in_the_space_of_factors(inputs):
+    to_full(inputs)
+
+
+@case("lora_magnitude_vector", "use space: weights", "--set=space=factors")
+def dora_in_the_space_of_factors(inputs):
+    inputs.train(use_dora=True)
+
+
+@case("embed_tokens.lora_magnitude_vector", "cannot be merged")
+def dora_of_embeddings(inputs):
+    inputs.train(use_dora=True, target_modules=["q_proj", "embed_tokens"])
+    inputs.recipe["output"] = {"format": "full"}
+
+
+# Methods and coefficients
+
+
+@case("method: name is 'tise'; did you mean ties?", "known: linear,", "--set=method=tise")
+def unknown_method(inputs):
+    pass
+
+
+@case("densty is no parameter of ties; did you mean density?", "known: density,", "--set=method.densty=0.5")
+def unknown_parameter_of_a_method(inputs):
+    inputs.recipe["method"] = {"name": "ties"}
+
+
+@case("density is no parameter of model_stock", "it has none", "--set=method={name: model_stock, density: 1}")
+def parameter_of_a_method_that_has_none(inputs):
+    pass
+
+
+@case("density is 0", "greater than 0", "--set=method={name: ties, density: 0}")
+def density_of_zero(inputs):
+    pass
+
+
+@case("density is 1.5", "less than or equal to 1", "--set=method={name: dare_ties, density: 1.5}")
+def density_above_one(inputs):
+    pass
+
+
+@case("density is -0.1", "greater than 0", "--set=method={name: breadcrumbs, density: -0.1}")
+def negative_density(inputs):
+    pass
+
+
+@case("lambda is nan", "finite number", "--set=method={name: ties, lambda: .nan}")
+def lambda_that_is_no_number(inputs):
+    pass
+
+
+@case("density 0.9 plus and minus epsilon 0.15", "between 0 and 1", "--set=method={name: della, density: 0.9}")
+def keeping_probabilities_above_one(inputs):
+    pass
+
+
+@case("slerp merges 2 specialists", "the recipe has 3", "--set=method=slerp")
+def three_specialists_for_a_method_of_two(inputs):
+    pass
+
+
+@case("coefficients.cell is -0.5", "use 0 or more")
+def negative_weight(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 1, "protein": 1, "cell": -0.5}
+
+
+@case("coefficients.cell is -1", "use 0 or more")
+def negative_weight_in_a_pattern(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 1, "protein": 1, "cell": {"layers.0.*": -1, "*": 1}}
+
+
+@case("coefficients are all 0", "at least one must be positive")
+def weights_that_are_all_zero(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 0, "protein": 0, "cell": 0}
+
+
+@case("coefficients are all 0", "at least one must be positive")
+def patterns_that_are_all_zero(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 0, "protein": {"*": 0}, "cell": {"layers.0.*": 0, "*": 0}}
+
+
+@case("coefficients.outside.cel", "did you mean cell?")
+def coefficient_outside_for_an_unknown_specialist(inputs):
+    inputs.recipe["coefficients"]["outside"] = {"molecule": 1, "protein": 1, "cel": 1}
+
+
 # The probe
 
 
@@ -656,3 +893,103 @@ def test_interrupted_merge(inputs, esmerge_program, tmp_path):
     assert "Traceback" not in rest
     assert rest.splitlines()[-1] == "esmerge: interrupted; nothing was written."
     assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+MOUNTS = pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="needs to mount a disk in a namespace of its own",
+)
+
+
+@MOUNTS
+@pytest.mark.parametrize("command", ["merge", "compare"])
+def test_read_only_output(inputs, esmerge_program, tmp_path, command):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inputs.recipe["coefficients"] = "uniform"
+    options = ["--method=linear", "--method=ties"] if command == "compare" else []
+    script = """
+        mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 99
+        program=$2 output=$1/merged; shift 2
+        exec "$program" "$@" --quiet -o "$output"
+    """
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", disk, esmerge_program, command, inputs.save_recipe(), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"esmerge: the output {disk}/merged cannot be written (Read-only file system).\n"
+    assert not list(disk.iterdir())
+
+
+@MOUNTS
+def test_disk_that_fills_up_under_a_full_checkpoint(inputs, esmerge_program, tmp_path):
+    """The file has its whole size from the start, but no blocks: the disk fills up while tensors are written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    to_full(inputs)
+    inputs.recipe["coefficients"] = "uniform"
+    size = (inputs / "base" / "model.safetensors").stat().st_size
+    script = """
+        mount -t tmpfs -o size="$1" tmpfs "$2" && "$3" merge "$4" --quiet -o "$2/merged"
+        code=$?
+        ls -A "$2"
+        exit $code
+    """
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(size // 2), disk, esmerge_program, inputs.save_recipe()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("esmerge: the disk is full; nothing was written")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout, "something was left on the disk"
+
+
+class TestWarnings:
+    """What is odd but may be meant: the merge is done, and a sentence says what was found."""
+
+    @pytest.mark.parametrize("output", ["full", "adapter"])
+    @pytest.mark.parametrize("method", ["linear", "ties"])
+    def test_specialist_identical_to_the_base(self, inputs, esmerge, tmp_path, caplog, output, method):
+        model = AutoModelForCausalLM.from_pretrained(inputs / "base", dtype=torch.float32)
+        shutil.rmtree(inputs / "cell")
+        model.save_pretrained(inputs / "cell")
+        inputs.recipe |= {"coefficients": "uniform", "method": method}
+        inputs.recipe["output"] = {"format": "full"} if output == "full" else {"rank": 4}
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == ["specialist cell is identical to the base: its delta is zero everywhere"]
+
+    def test_adapter_that_was_never_trained(self, inputs, esmerge, tmp_path, caplog):
+        def untrain(tensors):
+            for name, tensor in tensors.items():
+                if "lora_B" in name:
+                    tensor.zero_()
+
+        inputs.change_tensors("cell/adapter_model.safetensors", untrain)
+        inputs.recipe["coefficients"] = "uniform"
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == ["specialist cell is identical to the base: its delta is zero everywhere"]
+
+    def test_identical_specialists(self, inputs, esmerge, tmp_path, caplog):
+        shutil.rmtree(inputs / "cell")
+        shutil.copytree(inputs / "molecule", inputs / "cell")
+        inputs.recipe["coefficients"] = "uniform"
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == ["molecule and cell are the same specialist: its delta counts twice"]
+
+    def test_none_without_cause(self, inputs, esmerge, tmp_path, caplog):
+        to_full(inputs)
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        assert not caplog.records

@@ -1,0 +1,173 @@
+"""A merge that was killed goes on where it stopped, and ends in the very files of one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+LAYERS = 5
+TENSORS = 9 * LAYERS + 3
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, make_base):
+    """A base and two full specialists whose singular vectors take a second or two to merge, and their recipe."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    make_base(config, folder / "base")
+    for seed, name in enumerate(("one", "two"), start=1):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        model.save_pretrained(folder / name)
+    recipe = {
+        "base": "base",
+        "specialists": {"one": "one", "two": "two"},
+        "coefficients": {"one": 0.6, "two": 0.4},
+        "method": "tsv",
+        "output": {"format": "full"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project, run_program):
+    """The files of a merge that nothing interrupted."""
+    run_program("merge", project / "recipe.yaml", "-o", project / "undisturbed", "--quiet")
+    return files_of(project / "undisturbed")
+
+
+@pytest.fixture
+def merge(esmerge, project):
+    """A function that runs the project's recipe to its end."""
+
+    def run(output, *options):
+        code, _, err = esmerge("merge", project / "recipe.yaml", "-o", output, "--quiet", *options)
+        assert (code, err) == (0, "")
+
+    return run
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def journal_of(output):
+    """The tensors that a merge into `output` has completed so far."""
+    journal = output.parent / f".{output.name}.partial" / ".model.journal"
+    if not journal.exists():
+        return []
+    return [json.loads(line)[0] for line in journal.read_text().split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def killed(esmerge_program, project):
+    """The output of a merge that was killed as soon as some of its tensors were written."""
+    output = project / "killed"
+    command = [esmerge_program, "merge", project / "recipe.yaml", "-o", output, "--quiet"]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        while len(journal_of(output)) < 5:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert 5 <= len(journal_of(output)) < TENSORS
+    return output
+
+
+@pytest.fixture
+def left(killed, tmp_path):
+    """A copy of what a killed merge left, as that of a merge into the folder `merged`."""
+    shutil.copytree(killed.parent / f".{killed.name}.partial", tmp_path / ".merged.partial")
+    return tmp_path / "merged"
+
+
+def test_ends_in_the_same_files(left, undisturbed, merge):
+    done = journal_of(left)
+    merge(left, "--resume")
+    assert files_of(left) == undisturbed
+    assert 5 <= len(done) < TENSORS
+    assert [path.name for path in left.parent.iterdir()] == ["merged"]
+
+
+def test_does_not_do_finished_tensors_again(left, undisturbed, merge):
+    """A mark on the bytes of a finished tensor survives."""
+    done = journal_of(left)
+    weights = left.parent / ".merged.partial" / "model.safetensors"
+    with weights.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        places = {name: 8 + length + header[name]["data_offsets"][0] for name in done}
+        for place in places.values():
+            stream.seek(place)
+            stream.write(b"mark")
+    merge(left, "--resume")
+    expected = bytearray(next(content for path, content in undisturbed.items() if path.name == "model.safetensors"))
+    for place in places.values():
+        expected[place : place + 4] = b"mark"
+    assert (left / "model.safetensors").read_bytes() == expected
+
+
+def test_of_a_line_that_was_cut_off(left, undisturbed, merge):
+    with (left.parent / ".merged.partial" / ".model.journal").open("a") as journal:
+        journal.write('["model.norm.wei')
+    merge(left, "--resume")
+    assert files_of(left) == undisturbed
+
+
+def test_without_it_everything_is_done_again(left, undisturbed, merge):
+    weights = left.parent / ".merged.partial" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1000:] = b"\xff" * 1000
+    weights.write_bytes(content)
+    (left.parent / ".merged.partial" / "stray").write_text("")
+    merge(left)
+    assert files_of(left) == undisturbed
+    assert [path.name for path in left.parent.iterdir()] == ["merged"]
+
+
+def test_where_there_is_nothing_to_resume(tmp_path, undisturbed, merge):
+    merge(tmp_path / "merged", "--resume")
+    assert files_of(tmp_path / "merged") == undisturbed
+
+
+@pytest.mark.parametrize(
+    "change", [["--set", "method=iso_c"], ["--set", "coefficients.one=0.7"], ["--set", "seed=1"]], ids=lambda c: c[1]
+)
+def test_of_another_recipe_is_refused(left, project, esmerge, change):
+    before = files_of(left.parent)
+    code, _, err = esmerge("merge", project / "recipe.yaml", "-o", left, "--quiet", "--resume", *change)
+    assert code == 2
+    assert err.startswith(f"esmerge: what is left of {left} is of another recipe or of other inputs")
+    assert err.count("\n") == 1
+    assert files_of(left.parent) == before, "it can still be resumed with its own recipe"
+
+
+def test_of_changed_inputs_is_refused(left, project, esmerge, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".*", "undisturbed"))
+    recipe = copy / "recipe.yaml"
+    with (copy / "two" / "config.json").open("a") as config:
+        config.write("\n")
+    code, _, err = esmerge("merge", recipe, "-o", left, "--quiet", "--resume")
+    assert code == 2
+    assert "of another recipe or of other inputs" in err
