@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -119,6 +120,8 @@ def demo(
 
 def main() -> None:
     """Run the command line; errors end in one sentence, code 2 for the user's input and 1 for failures inside."""
+    # Threads that wait for one another by spinning bring a shared machine to a crawl; must be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.
