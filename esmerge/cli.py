@@ -113,7 +113,10 @@ def demo(
 
     Takes about ten minutes on two cores the first time; the base and the specialists are then cached.
     """
-    from benchmarks.testbed.demo import run_demo
+    try:
+        from benchmarks.testbed.demo import run_demo
+    except ImportError as error:
+        raise InputError(f"the demo needs {error.name}: pip install 'esmerge[testbed]'") from error
 
     run_demo(output)
 

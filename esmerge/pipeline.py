@@ -18,9 +18,9 @@ from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
 from esmerge.plan import Plan, make_plan
-from esmerge.recipe import EmbeddingSignals, Recipe, override_recipe
+from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals as Signals
+from esmerge.signals import EmbeddingSignals
 from esmerge.sources import ContentHashes, Source
 from esmerge.writing import Output, make_output, write_all
 
@@ -86,6 +86,11 @@ def compare(
         InputError: if the recipe, a variant or an input is at fault.
     """
     results.check_output(output)
+    for name, fields in variants.items():
+        if other := sorted(fields.keys() - {"method", "coefficients"}):
+            raise InputError(
+                f"variant {name}: {other[0]} cannot vary in one comparison, only method and coefficients can."
+            )
     recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
     plans = {name: make_plan(variant) for name, variant in recipes.items()}
     with ExitStack() as stack:
@@ -99,12 +104,12 @@ def compare(
         outputs = {}
         for name, plan in plans.items():
             (folder / name).mkdir()
-            own = signals if isinstance(plan.recipe.coefficients, EmbeddingSignals) else None
+            own = signals if isinstance(plan.recipe.coefficients, SignalsRecipe) else None
             outputs[name] = make_output(plan, make_merger(plan, own), folder / name, observers[name])
         write_all(first, list(outputs.values()), progress)
         found = {}
         for name, result in outputs.items():
-            own = signals if isinstance(plans[name].recipe.coefficients, EmbeddingSignals) else None
+            own = signals if isinstance(plans[name].recipe.coefficients, SignalsRecipe) else None
             _finish(plans[name], result, own, hashes)
             energies = result.merger.kept_energy.values()
             found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
@@ -113,7 +118,7 @@ def compare(
 
 def _shared_probe(plans: Sequence[Plan]) -> Plan | None:
     """The plan whose signals serve all plans that need some; they must not ask for different ones."""
-    probed = [plan for plan in plans if isinstance(plan.recipe.coefficients, EmbeddingSignals)]
+    probed = [plan for plan in plans if isinstance(plan.recipe.coefficients, SignalsRecipe)]
     measures = ("projections", "p", "distance", "tokens")
     for plan in probed[1:]:
         for field in measures:
@@ -126,10 +131,10 @@ def _shared_probe(plans: Sequence[Plan]) -> Plan | None:
 
 def _granularity(plan: Plan) -> str | None:
     settings = plan.recipe.coefficients
-    return settings.granularity if isinstance(settings, EmbeddingSignals) else None
+    return settings.granularity if isinstance(settings, SignalsRecipe) else None
 
 
-def _finish(plan: Plan, output: Output, signals: Signals | None, hashes: ContentHashes) -> dict[str, int]:
+def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, hashes: ContentHashes) -> dict[str, int]:
     """Write what stands beside the weights."""
     counts = output.finish()
     _write_coefficients(plan, output.merger, signals, output.folder)
@@ -139,14 +144,14 @@ def _finish(plan: Plan, output: Output, signals: Signals | None, hashes: Content
     return counts
 
 
-def make_merger(plan: Plan, signals: Signals | None) -> Merger:
+def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     """The recipe's coefficients and method."""
     recipe = plan.recipe
     method = METHODS[recipe.method.name]
     parameters = method.parameters.model_validate(recipe.method.parameters).model_dump()
     settings, names = recipe.coefficients, list(recipe.specialists)
-    if signals is None or not isinstance(settings, EmbeddingSignals):
-        assert not isinstance(settings, EmbeddingSignals)
+    if signals is None or not isinstance(settings, SignalsRecipe):
+        assert not isinstance(settings, SignalsRecipe)
         return Merger(FixedCoefficients(lambda name: settings.numbers(name, names)), method, parameters, recipe.seed)
     if method.name == "linear":
         # Each element's coefficients sum to 1 as the paper defines them; dividing again would change the last digits.
@@ -161,22 +166,22 @@ def make_merger(plan: Plan, signals: Signals | None) -> Merger:
     return Merger(coefficients, method, parameters, recipe.seed)
 
 
-def _signals(plan: Plan, scratch: Scratch, progress: bool) -> Signals | None:
-    if not isinstance(plan.recipe.coefficients, EmbeddingSignals):
+def _signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSignals | None:
+    if not isinstance(plan.recipe.coefficients, SignalsRecipe):
         return None
     from esmerge.probing import measure_signals
 
     return measure_signals(plan, scratch, progress)
 
 
-def _alpha(plan: Plan, signals: Signals) -> Tensor:
+def _alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:
     settings = plan.recipe.coefficients
-    assert isinstance(settings, EmbeddingSignals)
+    assert isinstance(settings, SignalsRecipe)
     own = range(len(plan.specialists))
     return layer_coefficients(signals.distances, own, settings.alpha, settings.temperature)
 
 
-def _write_coefficients(plan: Plan, merger: Merger, signals: Signals | None, folder: Path) -> None:
+def _write_coefficients(plan: Plan, merger: Merger, signals: EmbeddingSignals | None, folder: Path) -> None:
     names = list(plan.recipe.specialists)
     tensors: dict[str, Tensor] = {}
     if signals is not None:
@@ -197,9 +202,9 @@ def _write_coefficients(plan: Plan, merger: Merger, signals: Signals | None, fol
     results.write_tensors(folder / results.COEFFICIENTS_FILE, dict(sorted(tensors.items())), metadata)
 
 
-def _write_signals(plan: Plan, merger: Merger, signals: Signals, folder: Path) -> None:
+def _write_signals(plan: Plan, merger: Merger, signals: EmbeddingSignals, folder: Path) -> None:
     settings = plan.recipe.coefficients
-    assert isinstance(settings, EmbeddingSignals) and isinstance(merger.coefficients, SignalCoefficients)
+    assert isinstance(settings, SignalsRecipe) and isinstance(merger.coefficients, SignalCoefficients)
     hidden = next(iter(signals.responses.values())).shape[-1]
     tensors = {"directions": random_directions(settings.projections, hidden, plan.recipe.seed)}
     names = list(plan.recipe.specialists)
@@ -224,7 +229,7 @@ def _local_inputs(plan: Plan) -> list[Path]:
 
 def _probe_files(plan: Plan) -> list[str]:
     probe = plan.recipe.probe
-    if probe is None or not isinstance(plan.recipe.coefficients, EmbeddingSignals):
+    if probe is None or not isinstance(plan.recipe.coefficients, SignalsRecipe):
         return []
     template = probe.chat_template if probe.chat_template and "{" not in probe.chat_template else None
     return [reference for reference in [probe.tensors, template, *(probe.data or {}).values()] if reference]

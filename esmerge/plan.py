@@ -1,4 +1,8 @@
-"""What will be merged, found out and checked from headers and configs alone."""
+"""What will be merged, found out and checked before the work begins.
+
+From headers and configs alone, except that an adapter made of specialists that store whole tensors needs these compared
+with the base's.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from esmerge.errors import InputError
 from esmerge.methods import METHODS
 from esmerge.names import canonical_names, layer_of, natural_order
 from esmerge.probe import check_modalities, check_template
-from esmerge.recipe import EmbeddingSignals, Recipe
+from esmerge.recipe import Recipe, SignalsRecipe
 from esmerge.scores import row_blocks
 from esmerge.sources import Source, resolve
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
@@ -151,11 +155,9 @@ def make_plan(recipe: Recipe) -> Plan:
     plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied)
     if recipe.space == "factors":
         _check_factors(plan)
-    if recipe.output.format == "adapter":
-        plan = _fit_adapter(plan)
-    if isinstance(recipe.coefficients, EmbeddingSignals):
+    if isinstance(recipe.coefficients, SignalsRecipe):
         _check_probe(plan)
-    return plan
+    return _fit_adapter(plan) if recipe.output.format == "adapter" else plan
 
 
 def _check_count(recipe: Recipe) -> None:
@@ -339,6 +341,12 @@ def _fit_adapter(plan: Plan) -> Plan:
 
     Full checkpoints have all tensors, so those that an adapter cannot hold are compared with the base's.
     """
+    full = next((s for s in plan.specialists if isinstance(s, FullSpecialist)), None)
+    if full is not None and plan.recipe.output.rank is None:
+        raise InputError(
+            f"output.rank is missing: the full checkpoint {full.name} has deltas of any rank; set the adapter's, "
+            "or use output.format: full."
+        )
     targets = []
     for target in plan.targets:
         if len(target.shape) != 2 or target.layer is None or not target.name.endswith(".weight"):
@@ -350,12 +358,6 @@ def _fit_adapter(plan: Plan) -> Plan:
                     )
             target = replace(target, changed=(None,) * len(plan.specialists))
         targets.append(target)
-    full = next((s for s in plan.specialists if isinstance(s, FullSpecialist)), None)
-    if full is not None and plan.recipe.output.rank is None:
-        raise InputError(
-            f"output.rank is missing: the full checkpoint {full.name} has deltas of any rank; set the adapter's, "
-            "or use output.format: full."
-        )
     return replace(plan, targets=targets)
 
 

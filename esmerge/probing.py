@@ -8,16 +8,15 @@ from esmerge.errors import InputError
 from esmerge.names import inner_name, natural_order
 from esmerge.plan import Plan, Target
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
-from esmerge.recipe import EmbeddingSignals
+from esmerge.recipe import SignalsRecipe
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals as Signals
-from esmerge.signals import ProbedSpecialist, SignalSettings, embedding_signals
+from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
 
 
-def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> Signals:
+def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSignals:
     """Measure the embedding signals that a plan's recipe asks for."""
     recipe, settings = plan.recipe, plan.recipe.coefficients
-    assert isinstance(settings, EmbeddingSignals) and recipe.probe is not None
+    assert isinstance(settings, SignalsRecipe) and recipe.probe is not None
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
     backbone = Backbone(plan.base.folder, dtype, recipe.device)
     return embedding_signals(

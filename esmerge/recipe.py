@@ -37,7 +37,11 @@ class _Strict(BaseModel):
 
 
 class SpecialistRecipe(_Strict):
-    """One specialist: a PEFT adapter, as folder or Hub id (`user/repo` or `user/repo@revision`)."""
+    """One specialist: a PEFT LoRA adapter or a full checkpoint.
+
+    Attributes:
+        model: folder or Hub id (`user/repo` or `user/repo@revision`).
+    """
 
     model: str
 
@@ -78,7 +82,7 @@ class ProbeRecipe(_Strict):
         return self
 
 
-class EmbeddingSignals(_Strict):
+class SignalsRecipe(_Strict):
     """Coefficients from embedding signals (arXiv 2603.14405).
 
     Attributes:
@@ -108,10 +112,10 @@ class EmbeddingSignals(_Strict):
     def outside_numbers(self, specialists: Sequence[str]) -> "Tensor":
         """The coefficients outside the layers where they are given, float64 [S]."""
         source: Any = self.outside
-        return FixedCoefficients.model_validate({"from": source}).numbers("", specialists)
+        return FixedRecipe.model_validate({"from": source}).numbers("", specialists)
 
 
-class FixedCoefficients(_Strict):
+class FixedRecipe(_Strict):
     """The same coefficient everywhere: `uniform`, or a number per specialist.
 
     Instead of a number, patterns of tensor names (`layers.0.*`, `*.mlp.*`, `*`) each with a number: the first that
@@ -184,7 +188,7 @@ class OutputRecipe(_Strict):
     Attributes:
         format: a LoRA `adapter`, or a `full` checkpoint with the base's weights in it.
         rank: of an adapter merged in `weights` space; by default the sum of the specialists' ranks, which is
-            exact for layer-wise and fixed coefficients.
+            exact for `linear` and `task_arithmetic` with layer-wise or fixed coefficients.
         dtype: of the merged tensors; by default float32 for an adapter and the base's own for a full checkpoint.
         signals: also write `signals.safetensors`: pooled embeddings, directions, gradient scores and
             element-wise coefficients. As large as the merged deltas, times the number of specialists.
@@ -212,7 +216,7 @@ class Recipe(_Strict):
     base: str
     specialists: Annotated[dict[str, SpecialistRecipe], Field(min_length=2)]
     probe: ProbeRecipe | None = None
-    coefficients: EmbeddingSignals | FixedCoefficients
+    coefficients: SignalsRecipe | FixedRecipe
     method: MethodRecipe = MethodRecipe()
     space: Literal["weights", "factors"] = "weights"
     output: OutputRecipe = OutputRecipe()
@@ -254,7 +258,7 @@ class Recipe(_Strict):
                         raise ValueError(f"{name} is {entry!r}, expected a number")
         elif source not in ("embedding_signals", "uniform"):
             raise ValueError(f"from is {source!r}, expected embedding_signals, uniform or a number per specialist")
-        kind = EmbeddingSignals if source == "embedding_signals" else FixedCoefficients
+        kind = SignalsRecipe if source == "embedding_signals" else FixedRecipe
         try:
             return kind.model_validate(value)
         except ValidationError as error:
@@ -268,7 +272,7 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = list(self.specialists)
-        if isinstance(self.coefficients, EmbeddingSignals):
+        if isinstance(self.coefficients, SignalsRecipe):
             if self.probe is None:
                 raise ValueError("probe is missing; coefficients from embedding signals need one")
             if isinstance(self.coefficients.outside, dict):
@@ -358,6 +362,10 @@ def read_variants(methods: Sequence[str], coefficients: Sequence[str]) -> dict[s
     variants: dict[str, dict[str, Any]] = {"": {}}
     for field, texts in choices.items():
         parsed = [(_short(text), _yaml(text, f"--{field} {text}")) for text in texts]
+        shorts = [short for short, _ in parsed]
+        if len(set(shorts)) < len(shorts):
+            twice = next(short for short in shorts if shorts.count(short) > 1)
+            raise InputError(f"--{field}: two of them would be written to one folder, {twice}; give each once.")
         if parsed:
             variants = {
                 "-".join(filter(None, (name, short))): {**fields, field: value}
@@ -370,7 +378,7 @@ def read_variants(methods: Sequence[str], coefficients: Sequence[str]) -> dict[s
 
 
 def _short(text: str) -> str:
-    words = re.findall(r"[\w.]+", text)
+    words = re.findall(r"-?[\w.]+", text)
     return "_".join(word for word in words if word not in ("name", "from"))
 
 
@@ -401,7 +409,7 @@ def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, _NestedError):
         return _sentence(cause.error, location)
-    field = ".".join(part for part in location if part not in ("EmbeddingSignals", "FixedCoefficients"))
+    field = ".".join(part for part in location if part not in ("SignalsRecipe", "FixedRecipe"))
     if first["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         return f"{field} is no known field{_nearest(location[-1], known)} (known: {', '.join(known)})."
@@ -420,7 +428,7 @@ def _fields_at(location: Sequence[str]) -> list[str]:
         "": Recipe,
         "specialists": SpecialistRecipe,
         "probe": ProbeRecipe,
-        "coefficients": EmbeddingSignals,
+        "coefficients": SignalsRecipe,
         "output": OutputRecipe,
     }
     model = models[location[0] if location else ""]

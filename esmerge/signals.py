@@ -130,7 +130,7 @@ def embedding_signals(
             for i, specialist in enumerate(specialists):
                 own = modalities.index(specialist.name)
                 measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
-                gradients = _gradients(settings.scores, deltas[i], touched, layer, batches, measured)
+                gradients = _make_gradients(settings.scores, deltas[i], touched, layer, batches, measured)
                 with attached(norm, specialist.norm_deltas() if last else {}):
                     _advance(layer, number, batches, states[i], gradients, targets, norm, measured, settings.distance)
                 for name, score in gradients.scores(scratch).items():
@@ -140,7 +140,7 @@ def embedding_signals(
             responses = torch.stack(pooled, dim=1)
             if not responses.isfinite().all():
                 raise InputError(_blame(responses, number, layer, backbone, specialists))
-            _compare(signals, responses, number, directions, modalities, settings)
+            _enter_distances(signals, responses, number, directions, modalities, settings)
     return signals
 
 
@@ -149,7 +149,7 @@ def _advance(
     number: int,
     batches: Sequence["_Batch"],
     states: list[Tensor],
-    gradients: "_Forward",
+    gradients: "_NoGradients",
     targets: Sequence[Tensor],
     norm: Callable[[Tensor], Tensor],
     measured: Sequence[int],
@@ -167,7 +167,7 @@ def _advance(
             states[index] = state.detach()
 
 
-def _compare(
+def _enter_distances(
     signals: EmbeddingSignals,
     responses: Tensor,
     number: int,
@@ -222,7 +222,7 @@ def _distance(
     return total
 
 
-class _Forward:
+class _NoGradients:
     """Runs a specialist without gradients; the base of the two that take them.
 
     Attributes:
@@ -250,7 +250,7 @@ class _Forward:
         return {}
 
 
-class _FactorGradients(_Forward):
+class _FactorGradients(_NoGradients):
     """Gradient scores of the LoRA factors A and B as they are stored, without their scaling."""
 
     def __init__(self, deltas: Mapping[str, Delta]) -> None:
@@ -277,7 +277,7 @@ class _FactorGradients(_Forward):
         return {name: dense_score(total) for name, total in self._totals.items()}
 
 
-class _WeightGradients(_Forward):
+class _WeightGradients(_NoGradients):
     """Gradient scores of all parameters that any specialist changes.
 
     For linear layers from their inputs and the gradients of their outputs; whichever is smaller is kept, those or the
@@ -337,19 +337,19 @@ class _WeightGradients(_Forward):
         return found
 
 
-def _gradients(
+def _make_gradients(
     scores: Literal["factors", "weights"] | None,
     deltas: Mapping[str, Delta],
     touched: Sequence[str],
     layer: nn.Module,
     batches: Sequence[_Batch],
     measured: Sequence[int],
-) -> _Forward:
+) -> _NoGradients:
     if scores == "factors":
         return _FactorGradients(deltas)
     if scores == "weights":
         return _WeightGradients(deltas, touched, layer, batches, measured)
-    return _Forward(deltas)
+    return _NoGradients(deltas)
 
 
 def _blame(

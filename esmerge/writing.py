@@ -148,7 +148,7 @@ class AdapterOutput(Output):
         )
         results.write_json(self.folder / "adapter_config.json", config)
         results.copy_tokenizer(self.plan.base.folder, self.folder)
-        return {"merged": len(self.writer.places), "copied": 0, "own rows": 0}
+        return {"merged": len(self.targets), "copied": 0, "own rows": 0}
 
 
 def _sum_of_ranks(plan: Plan) -> int:
@@ -198,7 +198,10 @@ class FullOutput(Output):
 
     def _write_rows(self, target: Target, start: int, rows: Tensor) -> None:
         # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
-        if rows.is_floating_point() and not rows.sum().isfinite():
+        if (
+            rows.is_floating_point()
+            and not rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None).isfinite()
+        ):
             raise InputError(_not_finite(self.plan, target))
         self.writer.write_rows(target.written, start, rows)
 
@@ -270,6 +273,8 @@ def _not_finite(plan: Plan, target: Target) -> str:
     for checkpoint, name in tensors:
         if not checkpoint.read(name).isfinite().all():
             return f"{checkpoint.info(name).file}: tensor {name} has NaN or infinite values; download or save it again."
+    if not target.merged:
+        return f"the values of {target.written} are too large to add up; download or save the base again."
     return f"the merged {target.written} has NaN or infinite values: lower the coefficients or the method's lambda."
 
 
