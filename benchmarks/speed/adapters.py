@@ -1,0 +1,160 @@
+"""Merges three rank-8 adapters on all linear layers of a 0.5B Llama: esmerge and PEFT's `add_weighted_adapter`.
+
+Inside the process: imports do not count, and for PEFT neither does loading the model and the adapters. For esmerge
+everything does, from the recipe to the merged adapter on disk. Each run is a process of its own, in turns.
+
+    python -m benchmarks.speed.adapters FOLDER
+
+FOLDER is filled with the inputs (1 GB), which a later run uses again. PEFT's svd takes minutes per round.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.measure import machine, markdown_table
+from benchmarks.speed.random_models import write_adapter, write_llama
+from benchmarks.speed.side_by_side import (
+    LLAMA,
+    SPECIALISTS,
+    Run,
+    cpu_seconds,
+    median,
+    megabytes,
+    rounds,
+    run,
+    write_recipe,
+)
+
+LAYERS = 24
+RANK = 8
+DENSITY = 0.5
+# Each combination type of PEFT in the words of a recipe.
+FACTORS: dict[str, Any] = {"space": "factors", "output": {"format": "adapter"}}
+WEIGHTS: dict[str, Any] = {"space": "weights", "output": {"format": "adapter", "rank": RANK}}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear", **FACTORS},
+    "ties": {"method": {"name": "ties", "density": DENSITY}, **FACTORS},
+    "dare_linear": {"method": {"name": "dare_linear", "density": DENSITY}, **FACTORS},
+    "svd": {"method": "linear", **WEIGHTS},
+    "ties_svd": {"method": {"name": "ties", "density": DENSITY}, **WEIGHTS},
+}
+SPEEDUPS = {"linear": 3, "ties": 3, "dare_linear": 3, "svd": 100, "ties_svd": 5}
+
+
+def prepare(folder: Path) -> None:
+    """Write the base and the adapters, as far as they are not there."""
+    base = folder / "base"
+    if not base.exists():
+        write_llama(base, 0, num_hidden_layers=LAYERS, **LLAMA)
+    for seed, name in enumerate(SPECIALISTS):
+        if not (folder / name).exists():
+            write_adapter(folder / name, base, seed, RANK)
+
+
+def measured(work: Callable[[], object]) -> list[float]:
+    """Do the work; return seconds, and seconds of CPU."""
+    start, cpu = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
+    work()
+    return [time.perf_counter() - start, cpu_seconds(resource.RUSAGE_SELF) - cpu]
+
+
+def peft(folder: Path, combination: str) -> list[float]:
+    """The child process of PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    first, *others = SPECIALISTS
+    model = PeftModel.from_pretrained(model, folder / first, first)
+    for name in others:
+        model.load_adapter(folder / name, name)
+    settings: dict[str, Any] = {"combination_type": combination, "density": DENSITY}
+    if combination.endswith("svd"):
+        # Its default computes singular vectors only to drop them.
+        settings |= {"svd_rank": RANK, "svd_full_matrices": False}
+    weights = [1 / len(SPECIALISTS)] * len(SPECIALISTS)
+    return measured(lambda: model.add_weighted_adapter(list(SPECIALISTS), weights, "merged", **settings))
+
+
+def ours(folder: Path, combination: str) -> list[float]:
+    """The child process of esmerge."""
+    from esmerge.pipeline import merge
+    from esmerge.recipe import load_recipe
+
+    output = folder / "merged"
+    shutil.rmtree(output, ignore_errors=True)
+    return measured(lambda: merge(load_recipe(folder / f"{combination}.yaml"), output, progress=False))
+
+
+ENGINES: dict[str, Callable[[Path, str], list[float]]] = {"esmerge": ours, "PEFT": peft}
+
+
+def child(folder: Path, engine: str, combination: str) -> Run:
+    """Run one engine in a process of its own; time is what it reports of the merge, memory that of the process."""
+    report = folder / "report.json"
+    script = [sys.executable, "-m", "benchmarks.speed.adapters"]
+    usage = run([*script, folder, "--child", engine, combination, report])
+    seconds, cpu = json.loads(report.read_text())
+    return replace(usage, seconds=seconds, cpu=cpu)
+
+
+def table(runs: dict[str, list[Run]], combinations: list[str]) -> str:
+    """Medians, ratios, and which aims are met."""
+    rows = []
+    for name in combinations:
+        mine, theirs = median(runs[f"{name} esmerge"]), median(runs[f"{name} PEFT"])
+        speedup = theirs.seconds / mine.seconds
+        rows.append(
+            [
+                name,
+                *(f"{one.seconds:.2f} s ({one.cpu:.2f})" for one in (mine, theirs)),
+                f"{speedup:.1f} x ({theirs.cpu / mine.cpu:.1f})",
+                f"{SPEEDUPS[name]} x: {'yes' if speedup >= SPEEDUPS[name] else 'no'}",
+                *(f"{megabytes(one.peak_rss)} ({megabytes(one.peak_anonymous)})" for one in (mine, theirs)),
+            ]
+        )
+    header = ["combination", "esmerge", "PEFT", "faster", "aim", "memory, esmerge", "memory, PEFT"]
+    return f"{markdown_table(header, rows)}\n\nIn parentheses: seconds of CPU, and anonymous memory."
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--combinations", nargs="+", default=list(COMBINATIONS), choices=COMBINATIONS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write every run to this file")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if options.child:
+        engine, combination, report = options.child
+        Path(report).write_text(json.dumps(ENGINES[engine](folder, combination)))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
+    sources = {name: folder / name for name in SPECIALISTS}
+    for name in options.combinations:
+        write_recipe(folder / f"{name}.yaml", folder / "base", sources, **COMBINATIONS[name])
+    tasks = {
+        f"{name} {engine}": partial(child, folder, engine, name) for name in options.combinations for engine in ENGINES
+    }
+    runs = rounds(tasks, options.rounds)
+    print(f"\n{machine()}, medians of {options.rounds}\n\n{table(runs, options.combinations)}")
+    if options.json:
+        figures = {name: [asdict(one) for one in found] for name, found in runs.items()}
+        options.json.write_text(json.dumps({"machine": machine(), "runs": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
