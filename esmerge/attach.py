@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +23,35 @@ def attached(
 ) -> Iterator[None]:
     """Run `module`, a decoder layer, with deltas added to its parameters.
 
-    LoRA deltas of linear layers copy nothing: a forward hook adds `scaling * (x A^T) B^T` to the output. A and B are
-    used as they are, so that they collect gradients if they are leaves that require them. Other deltas replace their
-    parameter.
+    LoRA deltas of linear layers copy nothing: the layer's forward function is replaced by one that adds
+    `scaling * (x A^T) B^T`. Other deltas replace their parameter.
 
     Args:
         deltas: by name of the parameter inside the module.
         observe: by name of a linear layer's weight, called in the backward pass with that name, the layer's input
-            [.., in] and the gradient of its output [.., out]. The pair gives the gradient of the weight, without
-            autograd ever forming it.
+            [n, in] and the gradient of its output [n, out], at the n positions where that is not zero. The pair gives
+            the gradients of the weight and of its factors, without autograd ever forming them.
         leaves: names of parameters that collect gradients.
     """
     observe = observe or {}
-    handles, replaced = [], {}
-    hooked = {name: delta for name, delta in deltas.items() if isinstance(delta, LoraDelta) and is_linear(module, name)}
+    linears: list[Any] = []
+    replaced = {}
+    lora = {name: delta for name, delta in deltas.items() if isinstance(delta, LoraDelta) and is_linear(module, name)}
     try:
         for name, delta in deltas.items():
-            if name not in hooked:
+            if name not in lora:
                 replaced[name] = _replace(module, name, delta)
-        for name in hooked.keys() | observe.keys():
-            hook = _forward_hook(name, hooked.get(name), observe.get(name))
-            handles.append(_owner(module, name).register_forward_hook(hook))
+        for name in lora.keys() | observe.keys():
+            linear: Any = _owner(module, name)
+            factors = lora[name].cast(linear.weight.dtype) if name in lora else None
+            linear.forward = partial(_forward, linear, factors, name, observe.get(name))
+            linears.append(linear)
         for name in leaves:
             module.get_parameter(name).requires_grad_(True)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for linear in linears:
+            del linear.forward
         for name in leaves:
             module.get_parameter(name).requires_grad_(False).grad = None
         for name, parameter in replaced.items():
@@ -71,16 +75,53 @@ def _replace(module: nn.Module, name: str, delta: Delta) -> nn.Parameter:
     return parameter
 
 
-def _forward_hook(name: str, delta: LoraDelta | None, observer: Observer | None) -> Callable[..., Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        if delta is not None:
-            down = F.linear(x, delta.a.to(x.dtype)) * delta.scaling
-            output = output + F.linear(down, delta.b.to(x.dtype))
-        if observer is not None and torch.is_grad_enabled():
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(lambda gradient: observer(name, x.detach(), gradient))
-        return output
+def _forward(linear: nn.Linear, delta: LoraDelta | None, name: str, observer: Observer | None, x: Tensor) -> Tensor:
+    if observer is None or not torch.is_grad_enabled():
+        return _apply(linear, delta, x)
+    # Where no input requires a gradient, the anchor still brings about a backward pass.
+    anchor = x.new_empty(0, requires_grad=True)
+    return _Observed.apply(anchor, x, linear.bias, linear, delta, partial(observer, name))
 
-    return hook
+
+def _apply(linear: nn.Linear, delta: LoraDelta | None, x: Tensor) -> Tensor:
+    output = F.linear(x, linear.weight, linear.bias)
+    if delta is None:
+        return output
+    return output.add_(F.linear(F.linear(x, delta.a) * delta.scaling, delta.b))
+
+
+class _Observed(torch.autograd.Function):
+    """A linear layer with a delta, whose backward pass leaves out the positions that have no gradient.
+
+    A distance at some positions has none at the others, in everything that comes after the layer's attention.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        linear: nn.Linear,
+        delta: LoraDelta | None,
+        observer: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.linear, ctx.delta, ctx.observer = linear, delta, observer
+        return _apply(linear, delta, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        positions = gradient.abs().amax(dim=-1).nonzero().squeeze(1)
+        gradient = gradient[positions]
+        ctx.observer(x.flatten(0, -2)[positions], gradient)
+        to_x = None
+        if ctx.needs_input_grad[1]:
+            to_positions = gradient @ ctx.linear.weight
+            if ctx.delta is not None:
+                to_positions += (gradient @ ctx.delta.b * ctx.delta.scaling) @ ctx.delta.a
+            to_x = torch.zeros_like(x)
+            to_x.view(-1, x.shape[-1])[positions] = to_positions
+        return None, to_x, gradient.sum(dim=0) if ctx.needs_input_grad[2] else None, None, None, None

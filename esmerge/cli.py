@@ -124,7 +124,7 @@ def demo(
 def main() -> None:
     """Run the command line; errors end in one sentence, code 2 for the user's input and 1 for failures inside."""
     # Threads that wait for one another by spinning bring a shared machine to a crawl; must be set before torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.

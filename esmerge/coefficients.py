@@ -51,14 +51,16 @@ def element_coefficients(scores: Tensor, means: Tensor, stds: Tensor, tau: float
         The shape of `scores`; sums to 1 over the specialists.
     """
     shape = (-1,) + (1,) * (scores.dim() - 1)
-    z = (scores - means.to(scores).view(shape)) / stds.to(scores).clamp_min(EPSILON).view(shape)
-    return torch.softmax(z / tau, dim=0)
+    # In place: memory that is fresh for each step costs several times what the arithmetic does.
+    z = (scores - means.to(scores).view(shape)).div_(stds.to(scores).clamp_min(EPSILON).view(shape)).div_(tau)
+    exponentials = z.sub_(z.amax(dim=0)).exp_()
+    return exponentials.div_(exponentials.sum(dim=0))
 
 
 def combine(layer: Tensor, element: Tensor) -> Tensor:
     """Final coefficients: the product of layer-wise [S] and element-wise [S, ...] ones, renormalised."""
     product = layer.to(element).view((-1,) + (1,) * (element.dim() - 1)) * element
-    return product / (product.sum(dim=0) + EPSILON)
+    return product.div_(product.sum(dim=0) + EPSILON)
 
 
 def normalize_weights(weights: Tensor) -> Tensor:

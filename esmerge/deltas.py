@@ -59,6 +59,10 @@ class LoraDelta:
         """Rows of the dense delta, [stop - start, in]."""
         return (self.b[start:stop] * self.scaling) @ self.a
 
+    def cast(self, dtype: torch.dtype) -> "LoraDelta":
+        """The same delta in another dtype."""
+        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))
+
     def to(self, device: torch.device) -> "LoraDelta":
         """The same delta on another device."""
         return replace(self, a=self.a.to(device), b=self.b.to(device))

@@ -108,10 +108,13 @@ class DenseScore:
 
 
 def dense_score(values: Tensor, scratch: Scratch | None = None) -> DenseScore:
-    """A score from accumulated absolute gradients, spooled if a scratch file is given."""
-    finite = torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
-    std, mean = torch.std_mean(finite.double(), correction=0)
-    return DenseScore(scratch.put(finite) if scratch else finite.cpu(), float(mean), float(std))
+    """A score from accumulated absolute gradients, float32, which it may change; spooled if a scratch file is given."""
+    torch.nan_to_num_(values, nan=0.0, posinf=0.0, neginf=0.0)
+    # In blocks, as a copy in float64 of a whole matrix would be the largest thing in memory.
+    blocks = [values[start:stop] for start, stop in row_blocks(values.shape)]
+    mean = sum(float(block.sum(dtype=torch.float64)) for block in blocks) / values.numel()
+    squares = sum(float((block - mean).square_().sum(dtype=torch.float64)) for block in blocks)
+    return DenseScore(scratch.put(values) if scratch else values.cpu(), mean, math.sqrt(squares / values.numel()))
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,9 @@ def pair_score(inputs: Sequence[Tensor], gradients: Sequence[Tensor], scratch: S
     transposed = torch.cat(list(gradients)).cpu().T.contiguous()
     total = squares = 0.0
     for start, stop in row_blocks((len(transposed), stacked.shape[1])):
-        block = _absolute_products(transposed[start:stop], stacked, lengths).double()
-        total += float(block.sum())
-        squares += float(block.square().sum())
+        block = _absolute_products(transposed[start:stop], stacked, lengths)
+        total += float(block.sum(dtype=torch.float64))
+        squares += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
     count = len(transposed) * stacked.shape[1]
     mean = total / count
     std = math.sqrt(max(0.0, squares / count - mean * mean))
@@ -158,5 +161,5 @@ def _absolute_products(gradients: Tensor, inputs: Tensor, lengths: Sequence[int]
     """Sum over batches of |g_b^T x_b|, float32 [rows, in], from g^T [rows, n] and x [n, in]."""
     total = torch.zeros(len(gradients), inputs.shape[1])
     for g, x in zip(gradients.split(list(lengths), dim=1), inputs.split(list(lengths)), strict=True):
-        total += (g @ x).float().abs()
-    return torch.nan_to_num(total, nan=0.0, posinf=0.0, neginf=0.0)
+        total += (g @ x).abs_()
+    return torch.nan_to_num_(total, nan=0.0, posinf=0.0, neginf=0.0)

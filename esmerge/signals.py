@@ -104,6 +104,8 @@ def embedding_signals(
     """
     count, modalities, device = len(specialists), probe.modalities, backbone.device
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(device)
+    shapes = [batch.attention_mask.shape for batch in probe.batches]
+    backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
     batches = [
         _Batch(*backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask), batch.masks.to(device))
         for batch in probe.batches
@@ -130,7 +132,7 @@ def embedding_signals(
             for i, specialist in enumerate(specialists):
                 own = modalities.index(specialist.name)
                 measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
-                gradients = _make_gradients(settings.scores, deltas[i], touched, layer, batches, measured)
+                gradients = _make_gradients(settings.scores, deltas[i], touched, layer)
                 with attached(norm, specialist.norm_deltas() if last else {}):
                     _advance(layer, number, batches, states[i], gradients, targets, norm, measured, settings.distance)
                 for name, score in gradients.scores(scratch).items():
@@ -159,7 +161,6 @@ def _advance(
     with attached(layer, gradients.deltas, gradients.observers, gradients.leaves):
         gradients.start(layer)
         for index, batch in enumerate(batches):
-            gradients.begin(batch)
             with torch.set_grad_enabled(gradients.wanted):
                 state = run_layer(layer, states[index], batch.arguments[number])
                 if gradients.wanted:
@@ -194,11 +195,6 @@ class _Batch:
     first: Tensor
     arguments: list[LayerArguments]
     masks: Tensor
-
-    def reach(self, measured: Sequence[int]) -> Tensor:
-        """Positions [B, T] whose gradient can differ from zero: none after the last measured one."""
-        mask = self.masks[list(measured)].any(dim=0)
-        return mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
@@ -239,9 +235,6 @@ class _NoGradients:
     def start(self, layer: nn.Module) -> None:
         """Called once the deltas are attached to the layer."""
 
-    def begin(self, batch: _Batch) -> None:
-        """Called before each batch."""
-
     def collect(self, distance: Tensor) -> None:
         """Called with each batch's distance."""
 
@@ -255,26 +248,30 @@ class _FactorGradients(_NoGradients):
 
     def __init__(self, deltas: Mapping[str, Delta]) -> None:
         super().__init__(deltas)
-        leaves: dict[str, Tensor] = {}
+        self.wanted = bool(deltas)
+        self.observers = dict.fromkeys(deltas, self._observe)
+        self._totals: dict[str, tuple[Tensor, Tensor]] = {}
         for name, delta in deltas.items():
             assert isinstance(delta, LoraDelta)
-            module = name.removesuffix(".weight")
-            leaves |= {
-                f"{module}.lora_a.weight": delta.a.requires_grad_(),
-                f"{module}.lora_b.weight": delta.b.requires_grad_(),
-            }
-        self._factors = leaves
-        self.wanted = bool(leaves)
-        self._totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            self._totals[name] = torch.zeros_like(delta.a), torch.zeros_like(delta.b)
+
+    def _observe(self, name: str, x: Tensor, g: Tensor) -> None:
+        delta = self.deltas[name]
+        assert isinstance(delta, LoraDelta)
+        delta = delta.cast(x.dtype)
+        a, b = self._totals[name]
+        a += ((g @ delta.b * delta.scaling).T @ x).abs()
+        b += (g.T @ (x @ delta.a.T * delta.scaling)).abs()
 
     def collect(self, distance: Tensor) -> None:
-        gradients = torch.autograd.grad(distance, list(self._factors.values()), allow_unused=True)
-        for total, gradient in zip(self._totals.values(), gradients, strict=True):
-            if gradient is not None:
-                total += gradient.abs()
+        distance.backward()
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
-        return {name: dense_score(total) for name, total in self._totals.items()}
+        found: dict[str, Score] = {}
+        for name, pair in self._totals.items():
+            for letter, total in zip("ab", pair, strict=True):
+                found[f"{name.removesuffix('.weight')}.lora_{letter}.weight"] = dense_score(total)
+        return found
 
 
 class _WeightGradients(_NoGradients):
@@ -284,44 +281,29 @@ class _WeightGradients(_NoGradients):
     matrices they multiply to. For other parameters from autograd.
     """
 
-    def __init__(
-        self,
-        deltas: Mapping[str, Delta],
-        touched: Sequence[str],
-        layer: nn.Module,
-        batches: Sequence[_Batch],
-        measured: Sequence[int],
-    ) -> None:
+    def __init__(self, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module) -> None:
         super().__init__(deltas)
         self.wanted = bool(touched)
         linear = [name for name in touched if is_linear(layer, name)]
         self.observers = dict.fromkeys(linear, self._observe)
         self.leaves = [name for name in touched if name not in self.observers]
         self._parameters: dict[str, nn.Parameter] = {}
-        self._measured = measured
-        self._inputs: dict[str, list[Tensor]] = {name: [] for name in linear}
-        self._gradients: dict[str, list[Tensor]] = {name: [] for name in linear}
-        self._totals: dict[str, Tensor] = {}
-        tokens = sum(int(batch.reach(measured).sum()) for batch in batches)
-        for name in touched:
-            weight = layer.get_parameter(name)
-            pair_bytes = tokens * sum(weight.shape) * weight.dtype.itemsize
-            if name in self.leaves or pair_bytes >= weight.numel() * torch.float32.itemsize:
-                self._totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linear}
+        self._totals = {name: torch.zeros_like(layer.get_parameter(name), dtype=torch.float32) for name in self.leaves}
 
     def start(self, layer: nn.Module) -> None:
         self._parameters = {name: layer.get_parameter(name) for name in self.leaves}
 
-    def begin(self, batch: _Batch) -> None:
-        self._reach = batch.reach(self._measured)
-
-    def _observe(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        x, g = inputs[self._reach], gradient[self._reach]
+    def _observe(self, name: str, x: Tensor, g: Tensor) -> None:
         if name in self._totals:
-            self._totals[name] += (g.T @ x).float().abs_()
-        else:
-            self._inputs[name].append(x)
-            self._gradients[name].append(g)
+            self._totals[name] += (g.T @ x).abs_()
+            return
+        self._pairs[name].append((x, g))
+        pair_bytes = sum(x.nbytes + g.nbytes for x, g in self._pairs[name])
+        if pair_bytes >= x.shape[1] * g.shape[1] * torch.float32.itemsize:
+            self._totals[name] = torch.zeros(g.shape[1], x.shape[1], device=x.device)
+            for pair in self._pairs.pop(name):
+                self._observe(name, *pair)
 
     def collect(self, distance: Tensor) -> None:
         distance.backward()
@@ -331,24 +313,24 @@ class _WeightGradients(_NoGradients):
                 parameter.grad = None
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
-        found: dict[str, Score] = {name: dense_score(total, scratch) for name, total in self._totals.items()}
-        for name in self._inputs.keys() - self._totals.keys():
-            found[name] = pair_score(self._inputs[name], self._gradients[name], scratch)
+        # One after the other, so that each tensor is gone when its score is made.
+        found: dict[str, Score] = {}
+        while self._totals:
+            name, total = self._totals.popitem()
+            found[name] = dense_score(total, scratch)
+        while self._pairs:
+            name, pairs = self._pairs.popitem()
+            found[name] = pair_score([x for x, _ in pairs], [g for _, g in pairs], scratch)
         return found
 
 
 def _make_gradients(
-    scores: Literal["factors", "weights"] | None,
-    deltas: Mapping[str, Delta],
-    touched: Sequence[str],
-    layer: nn.Module,
-    batches: Sequence[_Batch],
-    measured: Sequence[int],
+    scores: Literal["factors", "weights"] | None, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module
 ) -> _NoGradients:
     if scores == "factors":
         return _FactorGradients(deltas)
     if scores == "weights":
-        return _WeightGradients(deltas, touched, layer, batches, measured)
+        return _WeightGradients(deltas, touched, layer)
     return _NoGradients(deltas)
 
 
