@@ -25,15 +25,22 @@ class Backbone:
         folder: a transformers checkpoint folder (config.json and safetensors weights).
         dtype: in which the layers run; None for the dtype in which most of the weights are stored.
         device: on which the layers run.
+        checkpoint: the one in the folder, if it is open already.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder = folder
         self.device = _usable_device(device)
-        self.checkpoint = Checkpoint.open(folder)
+        self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.dtype = dtype or stored_dtype(self.checkpoint)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

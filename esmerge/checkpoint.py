@@ -9,15 +9,18 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
 from esmerge.errors import InputError
-from esmerge.rawio import read_into, write_from
+from esmerge.rawio import bytes_of, read_into, write_from
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,6 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
+# What was written is flushed to disk in the background in pieces of this size, so that little is left at the end.
+FLUSH_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,26 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
+class _ReadHash:
+    """XXH3 of a tensor's bytes, taken while they are read from first to last and still lie in a core's cache."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.hash = xxhash.xxh3_128()
+        self._lock = threading.Lock()
+
+    def update(self, start: int, tensor: torch.Tensor) -> None:
+        """Take in what was read from byte `start` on; what is read again, or out of order, does not count."""
+        if start == self.done and self._lock.acquire(blocking=False):
+            try:
+                if start == self.done and tensor.numel():
+                    data = bytes_of(tensor)
+                    self.hash.update(data)
+                    self.done += len(data)
+            finally:
+                self._lock.release()
+
+
 class Checkpoint:
     """A checkpoint whose tensors are read one by one, when they are asked for, from any thread.
 
@@ -151,6 +176,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
+        self._hashes: dict[str, _ReadHash] = {}
         for file, listed in files.items():
             infos, metadata = read_header(file)
             for name in infos.keys() & self.tensors.keys():
@@ -164,6 +190,7 @@ class Checkpoint:
             self.tensors |= infos
             self.metadata |= metadata
             self._streams[file] = file.open("rb", buffering=0)
+            self._hashes |= {name: _ReadHash() for name in infos}
 
     @classmethod
     def open(cls, folder: Path, stem: str = "model") -> "Checkpoint":
@@ -192,6 +219,7 @@ class Checkpoint:
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._fill(tensor, info, info.offset)
+        self._hashes[name].update(0, tensor)
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -200,7 +228,9 @@ class Checkpoint:
         if not info.shape:
             return self.read(name)
         tensor = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        self._fill(tensor, info, info.offset + start * (info.nbytes // max(1, info.shape[0])))
+        begin = start * (info.nbytes // max(1, info.shape[0]))
+        self._fill(tensor, info, info.offset + begin)
+        self._hashes[name].update(begin, tensor)
         return tensor
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -217,6 +247,26 @@ class Checkpoint:
             read_into(self._streams[info.file].fileno(), tensor, offset)
         except EOFError as error:
             raise InputError(f"{info.file} became shorter while it was read.") from error
+
+    def content_hash(self) -> str:
+        """XXH3 over the files' names, headers and tensors; what was not read in order so far is read now."""
+        digest = xxhash.xxh3_128()
+        for file in sorted(self.files):
+            digest.update(file.name.encode())
+            inside = sorted((info.offset, name) for name, info in self.tensors.items() if info.file == file)
+            end = inside[0][0] if inside else file.stat().st_size
+            digest.update(os.pread(self._streams[file].fileno(), end, 0))
+            for _, name in inside:
+                digest.update(self._complete_hash(name))
+        return digest.hexdigest()
+
+    def _complete_hash(self, name: str) -> bytes:
+        info, hashed = self.info(name), self._hashes[name]
+        while hashed.done < info.nbytes:
+            piece = torch.empty(min(1 << 20, info.nbytes - hashed.done), dtype=torch.uint8)
+            self._fill(piece, info, info.offset + hashed.done)
+            hashed.update(hashed.done, piece)
+        return hashed.hash.digest()
 
     def close(self) -> None:
         """Close the files."""
@@ -283,6 +333,8 @@ class CheckpointWriter:
         else:
             journal.unlink(missing_ok=True)
         self._journal = journal.open("ab", buffering=0)
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._unflushed = 0
 
     def _begin(
         self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
@@ -316,7 +368,12 @@ class CheckpointWriter:
         place = self.places[name]
         data = rows.detach().to("cpu", place.dtype).contiguous()
         row_bytes = place.nbytes // max(1, place.shape[0]) if place.shape else 0
-        write_from(self._streams[place.file].fileno(), data, place.offset + start * row_bytes)
+        stream = self._streams[place.file]
+        write_from(stream.fileno(), data, place.offset + start * row_bytes)
+        self._unflushed += data.nbytes
+        if self._unflushed >= FLUSH_BYTES:
+            self._unflushed = 0
+            self._flusher.submit(os.fdatasync, stream.fileno())
 
     def complete(self, name: str, note: Any = None) -> None:
         """Note in the journal that all rows of `name` are written, with anything that JSON can hold."""
@@ -343,6 +400,7 @@ class CheckpointWriter:
         """
         if self.pending:
             raise RuntimeError(f"{len(self.pending)} tensors were never written, among them {min(self.pending)}")
+        self._flusher.shutdown()
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         self.close()
@@ -357,6 +415,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files; nothing more can be written."""
+        self._flusher.shutdown(cancel_futures=True)
         self._journal.close()
         for stream in self._streams.values():
             stream.close()

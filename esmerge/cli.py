@@ -1,6 +1,7 @@
 """The command line: `esmerge merge | compare | inspect | demo`. Each command imports what it needs inside."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -51,6 +52,7 @@ def merge(
     from esmerge.pipeline import merge as run
     from esmerge.recipe import load_recipe
 
+    _imported()
     counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume)
     own = f", {counts['own rows']} rows of specialists' own tokens" if counts["own rows"] else ""
     print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base{own}")
@@ -82,6 +84,7 @@ def compare(
     from esmerge.recipe import load_recipe, read_variants
     from esmerge.tables import print_comparison
 
+    _imported()
     loaded = load_recipe(recipe)
     found = run(loaded, read_variants(method or (), coefficients or ()), output, progress=not quiet)
     print_comparison(found, list(loaded.specialists))
@@ -118,6 +121,7 @@ def demo(
     except ImportError as error:
         raise InputError(f"the demo needs {error.name}: pip install 'esmerge[testbed]'") from error
 
+    _imported()
     run_demo(output)
 
 
@@ -125,6 +129,7 @@ def main() -> None:
     """Run the command line; errors end in one sentence, code 2 for the user's input and 1 for failures inside."""
     # Threads that wait for one another by spinning bring a shared machine to a crawl; must be set before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.disable()  # until everything is imported: see `_imported`
     debug = "--debug" in sys.argv
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.
@@ -145,6 +150,12 @@ def main() -> None:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
+
+
+def _imported() -> None:
+    """Let the garbage collector run, but not over the modules: much of the start and the end went there."""
+    gc.freeze()
+    gc.enable()
 
 
 def _interrupted(debug: bool) -> NoReturn:

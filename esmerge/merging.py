@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import combine, element_coefficients
-from esmerge.deltas import Delta, LoraDelta
+from esmerge.deltas import Delta, LoraDelta, ValueDelta
 from esmerge.low_rank import balanced_factors, kept_energy, refactor, truncated_svd
 from esmerge.methods import Method
 from esmerge.methods.registry import accepted
@@ -198,6 +198,10 @@ class TensorStream:
             if index not in self._changing and isinstance(delta, LoraDelta) and delta.a.any() and delta.b.any():
                 self._changing.add(index)
 
+    def note_values(self, base: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
+        """Find out which of some specialists change anything where their values are looked at, not their deltas."""
+        self._changing |= {i for i, own in values if i not in self._changing and bool((own.float() != base).any())}
+
     def _rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
         if delta is None:
             return torch.zeros((stop - start, *self.shape[1:]) if self.shape else (), device=self.device)
@@ -220,6 +224,14 @@ class TensorStream:
         if start not in self._kept:
             self._kept[start] = self.block(start, stop)
         return self._kept[start]
+
+    def one(self, index: int, start: int, stop: int) -> Tensor:
+        """Rows of one specialist's delta, for a pass that needs no other."""
+        if self._keep:
+            return self.kept_block(start, stop)[index]
+        delta = self.deltas[index]
+        base = self.base(start, stop) if delta is not None and delta.needs_base else None
+        return self._rows(delta, start, stop, base)
 
     def whole(self) -> list[Tensor]:
         """All deltas, whole."""
@@ -261,13 +273,62 @@ def merged_blocks(
     weights.finish()
 
 
+def summed_blocks(
+    merger: Merger, name: str, layer: int | None, stream: TensorStream
+) -> Iterator[tuple[int, int, Tensor]] | None:
+    """The base plus a weighted sum of deltas, in float32 and block by block, without making any of the deltas.
+
+    With w_i for whole tensors X_i and v_j for factors, W + sum w_i (X_i - W) + sum v_j B_j A_j is
+    (1 - sum w_i) W + sum w_i X_i + [v_1 B_1, ...] [A_1; ...].
+
+    Returns:
+        First row, last row + 1 and the rows of each block; None for any other method, coefficients or deltas.
+    """
+    if not all(delta is None or _is_plain(delta, stream.shape) for delta in stream.deltas):
+        return None
+    weights = merger.sum_weights(name, layer)
+    return None if weights is None else _summed_blocks(weights.tolist(), stream)
+
+
+def _is_plain(delta: Delta, shape: tuple[int, ...]) -> bool:
+    return isinstance(delta, LoraDelta | ValueDelta) and delta.shape == shape
+
+
+def _summed_blocks(weights: Sequence[float], stream: TensorStream) -> Iterator[tuple[int, int, Tensor]]:
+    wholes = [
+        (i, w, d) for i, (w, d) in enumerate(zip(weights, stream.deltas, strict=True)) if isinstance(d, ValueDelta)
+    ]
+    share = 1 - sum(weight for _, weight, _ in wholes)
+    factors = _weighted_factors(weights, stream)
+    b, a = (torch.cat(factors[0], dim=1), torch.cat(factors[1])) if factors[0] else (None, None)
+    for start, stop in stream.spans:
+        rows = stream.base(start, stop)
+        values = [(index, weight, delta.values(start, stop).to(stream.device)) for index, weight, delta in wholes]
+        stream.note_values(rows, [(index, own) for index, _, own in values])
+        if values:
+            rows *= share
+        for _, weight, own in values:
+            rows.add_(own, alpha=weight)
+        if b is not None and a is not None:
+            rows.addmm_(b[start:stop], a)
+        yield start, stop, rows
+
+
+def _weighted_factors(weights: Sequence[float], stream: TensorStream) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices B_i, each times its weight, and A_i, whose products add up to the weighted sum of low-rank deltas."""
+    stream.note_factors()
+    pairs = [(w, d) for w, d in zip(weights, stream.deltas, strict=True) if isinstance(d, LoraDelta)]
+    bs = [(delta.folded_b * weight).to(stream.device) for weight, delta in pairs]
+    return bs, [delta.a.to(stream.device) for _, delta in pairs]
+
+
 def _sparsifier(merger: Merger, name: str, stream: TensorStream, index: int) -> Callable[[Tensor], Tensor]:
     sparsify = merger.method.sparsify
     assert sparsify is not None
     given = {**merger.parameters, "generator": merger.generator(name, index, stream.device)}
 
     def blocks() -> Iterator[Tensor]:
-        return (stream.kept_block(start, stop)[index] for start, stop in stream.spans)
+        return (stream.one(index, start, stop) for start, stop in stream.spans)
 
     return sparsify(blocks, stream.count, **accepted(sparsify, given))
 
@@ -318,14 +379,10 @@ def merge_low_rank(
     Exactly re-factored from the stacked factors where it is a weighted sum of low-rank deltas with one number each;
     otherwise the leading singular triplets of the dense merged delta.
     """
-    present = [delta for delta in stream.deltas if delta is not None]
-    if all(isinstance(delta, LoraDelta) for delta in present):
+    if all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas):
         weights = merger.sum_weights(name, layer)
         if weights is not None:
-            stream.note_factors()
-            pairs = [(w, d) for w, d in zip(weights.tolist(), stream.deltas, strict=True) if isinstance(d, LoraDelta)]
-            bs = [(delta.folded_b * weight).to(stream.device) for weight, delta in pairs]
-            b, a, merger.kept_energy[name] = refactor(bs, [delta.a.to(stream.device) for _, delta in pairs], rank)
+            b, a, merger.kept_energy[name] = refactor(*_weighted_factors(weights.tolist(), stream), rank)
             return b, a
     merged = merge_dense(merger, name, layer, stream)
     u, s, vt = truncated_svd(merged, min(rank, *merged.shape))
@@ -373,3 +430,6 @@ class _FactorStream(TensorStream):
 
     def block(self, start: int, stop: int, base: Tensor | None = None) -> list[Tensor]:
         return [factor[start:stop].clone() for factor in self._factors]
+
+    def one(self, index: int, start: int, stop: int) -> Tensor:
+        return self._factors[index][start:stop].clone()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esmerge import results
+from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import layer_coefficients
 from esmerge.comparison import DeltaComparison, DeltaObserver
 from esmerge.distances import random_directions
@@ -21,7 +22,7 @@ from esmerge.plan import Plan, make_plan
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals
-from esmerge.sources import ContentHashes, Source
+from esmerge.sources import Source, content_hash
 from esmerge.writing import Output, make_output, write_all
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,12 @@ def merge(recipe: Recipe, output: Path, progress: bool = True, resume: bool = Fa
     plan = make_plan(recipe)
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, _fingerprint(plan), resume))
-        hashes = stack.enter_context(ContentHashes(_local_inputs(plan)))
         scratch = stack.enter_context(Scratch(folder))
         signals = _signals(plan, scratch, progress)
         merger = make_merger(plan, signals)
         result = make_output(plan, merger, folder)
         write_all(plan, [result], progress)
-        return _finish(plan, result, signals, hashes)
+        return _finish(plan, result, signals, _inputs(plan, plan))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ def compare(
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, "", resume=False))
         first = next(iter(plans.values()))
-        hashes = stack.enter_context(ContentHashes({path for plan in plans.values() for path in _local_inputs(plan)}))
         scratch = stack.enter_context(Scratch(folder))
         probed = _shared_probe(list(plans.values()))
         signals = _signals(probed, scratch, progress) if probed else None
@@ -110,7 +109,7 @@ def compare(
         found = {}
         for name, result in outputs.items():
             own = signals if isinstance(plans[name].recipe.coefficients, SignalsRecipe) else None
-            _finish(plans[name], result, own, hashes)
+            _finish(plans[name], result, own, _inputs(plans[name], first))
             energies = result.merger.kept_energy.values()
             found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
     return found
@@ -134,13 +133,13 @@ def _granularity(plan: Plan) -> str | None:
     return settings.granularity if isinstance(settings, SignalsRecipe) else None
 
 
-def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, hashes: ContentHashes) -> dict[str, int]:
+def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Write what stands beside the weights."""
     counts = output.finish()
     _write_coefficients(plan, output.merger, signals, output.folder)
     if plan.recipe.output.signals and signals is not None:
         _write_signals(plan, output.merger, signals, output.folder)
-    results.write_record(output.folder, _record(plan, output.merger, hashes, counts))
+    results.write_record(output.folder, _record(plan, output.merger, inputs, counts))
     return counts
 
 
@@ -221,12 +220,6 @@ def _write_signals(plan: Plan, merger: Merger, signals: EmbeddingSignals, folder
     results.write_tensors(folder / "signals.safetensors", tensors)
 
 
-def _local_inputs(plan: Plan) -> list[Path]:
-    """Folders and files that no commit pins."""
-    paths = [source.folder for source in [plan.base, *plan.sources] if source.commit is None]
-    return paths + [plan.path(reference) for reference in _probe_files(plan)]
-
-
 def _probe_files(plan: Plan) -> list[str]:
     probe = plan.recipe.probe
     if probe is None or not isinstance(plan.recipe.coefficients, SignalsRecipe):
@@ -243,19 +236,26 @@ def _fingerprint(plan: Plan) -> str:
     return "\n".join([plan.recipe.model_dump_json(by_alias=True), *stats, *map(str, results.versions().items())])
 
 
-def _record(plan: Plan, merger: Merger, hashes: ContentHashes, counts: Mapping[str, int]) -> dict[str, Any]:
-    def pinned(source: Source) -> dict[str, str]:
-        pin = {"commit": source.commit} if source.commit else {"hash": hashes.result(source.folder)}
+def _inputs(plan: Plan, opened: Plan) -> dict[str, Any]:
+    """What pins the inputs of a plan: commits, or hashes of what `opened`, a plan of the same inputs, has read."""
+
+    def pinned(source: Source, weights: Checkpoint) -> dict[str, str]:
+        pin = {"commit": source.commit} if source.commit else {"hash": content_hash(source.folder, weights)}
         return {"source": source.reference, **pin}
 
-    specialists = dict(zip(plan.recipe.specialists, map(pinned, plan.sources), strict=True))
+    pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, opened.specialists, strict=True)]
+    specialists = dict(zip(plan.recipe.specialists, pins, strict=True))
     _warn_of_twins(specialists)
-    inputs: dict[str, Any] = {"base": pinned(plan.base), "specialists": specialists}
+    inputs: dict[str, Any] = {"base": pinned(plan.base, opened.checkpoint), "specialists": specialists}
     for reference in _probe_files(plan):
-        inputs.setdefault("probe", {})[reference] = hashes.result(plan.path(reference))
+        inputs.setdefault("probe", {})[reference] = content_hash(plan.path(reference))
+    return inputs
+
+
+def _record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "inputs": inputs,
+        "inputs": dict(inputs),
         "versions": results.versions(),
         "tensors": dict(counts),
     }

@@ -18,7 +18,7 @@ def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSi
     recipe, settings = plan.recipe, plan.recipe.coefficients
     assert isinstance(settings, SignalsRecipe) and recipe.probe is not None
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
-    backbone = Backbone(plan.base.folder, dtype, recipe.device)
+    backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint)
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],

@@ -1,12 +1,11 @@
 """A Hub id or a folder -> a local folder, pinned to a commit or a content hash."""
 
 import json
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 
 # What a merge can need; pickles are never fetched.
@@ -79,38 +78,25 @@ def _download(repository: str, revision: str | None, field: str) -> Source:
     return Source(repository, folder, commit=folder.name)
 
 
-class ContentHashes:
-    """Hashes folders in the background while a merge works; reading a file once more costs no waiting.
+def content_hash(path: Path, weights: Checkpoint | None = None) -> str:
+    """`xxh3:<hex>` of a file, or of the files in a folder that a merge can need: names and bytes, in order.
 
-    The hash is XXH3 over names and bytes of the files that a merge can need, in order: it tells whether two
-    inputs are the same, not whether somebody tampered with one.
+    It tells whether two inputs are the same, not whether somebody tampered with one.
+
+    Args:
+        weights: the checkpoint in the folder, whose tensors are hashed as they are read.
     """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._futures: dict[Path, Future[str]] = {path: self._pool.submit(content_hash, path) for path in paths}
-
-    def __enter__(self) -> "ContentHashes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def result(self, path: Path) -> str:
-        """`xxh3:<hex>` of one of the paths; waits for it."""
-        return self._futures[path].result()
-
-
-def content_hash(path: Path) -> str:
-    """`xxh3:<hex>` of a file, or of the files in a folder that a merge can need."""
     import xxhash
 
     digest = xxhash.xxh3_128()
-    files = [path] if path.is_file() else sorted({file for pattern in PATTERNS for file in path.glob(pattern)})
-    buffer = memoryview(bytearray(1 << 22))
+    patterns = [pattern for pattern in PATTERNS if pattern != "*.safetensors"]
+    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
+    buffer = memoryview(bytearray(1 << 20))
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 digest.update(buffer[:count])
+    if weights is not None:
+        digest.update(weights.content_hash().encode())
     return f"xxh3:{digest.hexdigest()}"

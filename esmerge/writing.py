@@ -14,9 +14,17 @@ from tqdm import tqdm
 
 from esmerge import results
 from esmerge.checkpoint import CheckpointWriter
-from esmerge.deltas import Delta, ValueDelta
+from esmerge.deltas import Delta, LoraDelta, ValueDelta
 from esmerge.errors import InputError
-from esmerge.merging import Merger, Statistics, TensorStream, merge_factors, merge_low_rank, merged_blocks
+from esmerge.merging import (
+    Merger,
+    Statistics,
+    TensorStream,
+    merge_factors,
+    merge_low_rank,
+    merged_blocks,
+    summed_blocks,
+)
 from esmerge.plan import Plan, Target, agreed, common_scaling
 from esmerge.specialists import LoraSpecialist
 from esmerge.vocabulary import write_tokenizer
@@ -76,10 +84,9 @@ class Output:
             note[name] = [statistics.mean.tolist(), statistics.std.tolist(), self.merger.kept_energy.get(name)]
         return note
 
-    def _merged_factors(self, target: Target) -> tuple[Tensor, Tensor, float]:
+    def _merged_factors(self, target: Target, stream: TensorStream) -> tuple[Tensor, Tensor, float]:
         """B, A and their scaling, of a target merged in the space of factors."""
-        assert self.factors is not None
-        deltas = [specialist.lora_delta(target.name) for specialist in self.factors]
+        deltas = [delta for delta in stream.deltas if isinstance(delta, LoraDelta)]
         module = target.name.removesuffix(".weight")
         b, a = merge_factors(self.merger, module, target.layer or 0, deltas, self.folded, self.device)
         return b, a, 1.0 if self.folded else deltas[0].scaling
@@ -125,7 +132,7 @@ class AdapterOutput(Output):
     def write(self, target: Target, stream: TensorStream) -> None:
         if self.factors is not None:
             stream.note_factors()
-            b, a, scaling = self._merged_factors(target)
+            b, a, scaling = self._merged_factors(target, stream)
             note = self._factor_notes(target)
         else:
             rank, scaling = self._ranks[self._module(target)][0], 1.0
@@ -182,12 +189,18 @@ class FullOutput(Output):
                 self._write_rows(target, start, self.plan.checkpoint.read_range(target.stored, start, stop))
         elif self.factors is not None:
             stream.note_factors()
-            b, a, scaling = self._merged_factors(target)
+            b, a, scaling = self._merged_factors(target, stream)
             for start, stop in stream.spans:
                 merged = b[start:stop] @ a * scaling
                 self._show(target, stream, start, stop, merged)
                 self._write_rows(target, start, merged.add_(stream.base(start, stop)))
             note = self._factor_notes(target)
+        elif (summed := summed_blocks(self.merger, target.name, target.layer, stream)) is not None:
+            for start, stop, rows in summed:
+                if self._observe is not None:
+                    self._show(target, stream, start, stop, rows - stream.base(start, stop))
+                self._write_rows(target, start, rows)
+            note = self._note(target.name)
         else:
             for start, stop, merged, base in merged_blocks(self.merger, target.name, target.layer, stream):
                 self._show(target, stream, start, stop, merged)
@@ -243,6 +256,7 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         for output in wanting:
             output.write(target, stream)
 
+    _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     total = sum(_bytes(target) for target, _ in pending)
     with (
@@ -262,6 +276,15 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         for index, specialist in enumerate(plan.specialists):
             if index not in changing:
                 logger.warning("specialist %s is identical to the base: its delta is zero everywhere", specialist.name)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what blocks of rows leave behind for the next ones, instead of giving it back to the system.
+
+    It learns from the largest block freed so far what is worth keeping; this one is never touched. Without it each
+    block's pages are made anew, which takes as long as reading them.
+    """
+    torch.empty(30 << 20, dtype=torch.uint8)
 
 
 def _not_finite(plan: Plan, target: Target) -> str:
