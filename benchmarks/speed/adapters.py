@@ -1,7 +1,7 @@
 """Merges three rank-8 adapters on all linear layers of a 0.5B Llama: esmerge and PEFT's `add_weighted_adapter`.
 
-Inside the process: imports do not count, and for PEFT neither does loading the model and the adapters. For esmerge
-everything does, from the recipe to the merged adapter on disk. Each run is a process of its own, in turns.
+From adapters on disk to a merged adapter on disk, inside the process: imports do not count, nor does loading the base,
+which PEFT needs. PEFT's `add_weighted_adapter` alone is given too. Each run is a process of its own, in turns.
 
     python -m benchmarks.speed.adapters FOLDER
 
@@ -10,12 +10,14 @@ FOLDER is filled with the inputs (1 GB), which a later run uses again. PEFT's sv
 
 import argparse
 import json
+import math
 import resource
 import shutil
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,14 +62,28 @@ def prepare(folder: Path) -> None:
             write_adapter(folder / name, base, seed, RANK)
 
 
-def measured(work: Callable[[], object]) -> list[float]:
-    """Do the work; return seconds, and seconds of CPU."""
-    start, cpu = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
-    work()
-    return [time.perf_counter() - start, cpu_seconds(resource.RUSAGE_SELF) - cpu]
+@dataclass(frozen=True)
+class Merge(Run):
+    """A merge from disk to disk.
+
+    Attributes:
+        alone: seconds without reading the adapters and writing the result, where these are steps of their own.
+    """
+
+    alone: float = math.nan
 
 
-def peft(folder: Path, combination: str) -> list[float]:
+class Stopwatch:
+    """Seconds, and seconds of CPU, since it was made."""
+
+    def __init__(self) -> None:
+        self._start, self._cpu = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._start, cpu_seconds(resource.RUSAGE_SELF) - self._cpu
+
+
+def peft(folder: Path, combination: str) -> dict[str, float]:
     """The child process of PEFT."""
     import torch
     from peft import PeftModel
@@ -75,6 +91,9 @@ def peft(folder: Path, combination: str) -> list[float]:
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     first, *others = SPECIALISTS
+    output = folder / "merged"
+    shutil.rmtree(output, ignore_errors=True)
+    whole = Stopwatch()
     model = PeftModel.from_pretrained(model, folder / first, first)
     for name in others:
         model.load_adapter(folder / name, name)
@@ -83,32 +102,42 @@ def peft(folder: Path, combination: str) -> list[float]:
         # Its default computes singular vectors only to drop them.
         settings |= {"svd_rank": RANK, "svd_full_matrices": False}
     weights = [1 / len(SPECIALISTS)] * len(SPECIALISTS)
-    return measured(lambda: model.add_weighted_adapter(list(SPECIALISTS), weights, "merged", **settings))
+    alone = Stopwatch()
+    model.add_weighted_adapter(list(SPECIALISTS), weights, "merged", **settings)
+    seconds, _ = alone.read()
+    model.save_pretrained(output, selected_adapters=["merged"])
+    return _report(whole, seconds)
 
 
-def ours(folder: Path, combination: str) -> list[float]:
+def ours(folder: Path, combination: str) -> dict[str, float]:
     """The child process of esmerge."""
     from esmerge.pipeline import merge
     from esmerge.recipe import load_recipe
 
     output = folder / "merged"
     shutil.rmtree(output, ignore_errors=True)
-    return measured(lambda: merge(load_recipe(folder / f"{combination}.yaml"), output, progress=False))
+    whole = Stopwatch()
+    merge(load_recipe(folder / f"{combination}.yaml"), output, progress=False)
+    return _report(whole)
 
 
-ENGINES: dict[str, Callable[[Path, str], list[float]]] = {"esmerge": ours, "PEFT": peft}
+def _report(whole: Stopwatch, alone: float = math.nan) -> dict[str, float]:
+    seconds, cpu = whole.read()
+    return {"seconds": seconds, "cpu": cpu, "alone": alone}
 
 
-def child(folder: Path, engine: str, combination: str) -> Run:
+ENGINES: dict[str, Callable[[Path, str], dict[str, float]]] = {"esmerge": ours, "PEFT": peft}
+
+
+def child(folder: Path, engine: str, combination: str) -> Merge:
     """Run one engine in a process of its own; time is what it reports of the merge, memory that of the process."""
     report = folder / "report.json"
     script = [sys.executable, "-m", "benchmarks.speed.adapters"]
     usage = run([*script, folder, "--child", engine, combination, report])
-    seconds, cpu = json.loads(report.read_text())
-    return replace(usage, seconds=seconds, cpu=cpu)
+    return Merge(**{**asdict(usage), **json.loads(report.read_text())})
 
 
-def table(runs: dict[str, list[Run]], combinations: list[str]) -> str:
+def table(runs: Mapping[str, Sequence[Merge]], combinations: list[str]) -> str:
     """Medians, ratios, and which aims are met."""
     rows = []
     for name in combinations:
@@ -118,12 +147,13 @@ def table(runs: dict[str, list[Run]], combinations: list[str]) -> str:
             [
                 name,
                 *(f"{one.seconds:.2f} s ({one.cpu:.2f})" for one in (mine, theirs)),
+                f"{statistics.median(one.alone for one in runs[f'{name} PEFT']):.2f} s",
                 f"{speedup:.1f} x ({theirs.cpu / mine.cpu:.1f})",
                 f"{SPEEDUPS[name]} x: {'yes' if speedup >= SPEEDUPS[name] else 'no'}",
                 *(f"{megabytes(one.peak_rss)} ({megabytes(one.peak_anonymous)})" for one in (mine, theirs)),
             ]
         )
-    header = ["combination", "esmerge", "PEFT", "faster", "aim", "memory, esmerge", "memory, PEFT"]
+    header = ["combination", "esmerge", "PEFT", "its merge alone", "faster", "aim", "memory, esmerge", "memory, PEFT"]
     return f"{markdown_table(header, rows)}\n\nIn parentheses: seconds of CPU, and anonymous memory."
 
 

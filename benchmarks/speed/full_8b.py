@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,8 @@ def main() -> None:
             shutil.rmtree(folder / "copy")
             return done
 
-        runs = rounds({"cp": copied, "esmerge": partial(merge, recipe, folder / "merged")}, options.rounds)
+        tasks: dict[str, Callable[[], Run]] = {"cp": copied, "esmerge": partial(merge, recipe, folder / "merged")}
+        runs = rounds(tasks, options.rounds)
     finally:
         shutil.rmtree(folder)
     merged, plain = median(runs["esmerge"]), median(runs["cp"])

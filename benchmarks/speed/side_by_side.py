@@ -7,9 +7,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -40,8 +40,11 @@ class Run:
 
     seconds: float
     cpu: float
-    peak_rss: int
-    peak_anonymous: int
+    peak_rss: float
+    peak_anonymous: float
+
+
+R = TypeVar("R", bound=Run)
 
 
 def run(command: Sequence[str | Path], folder: Path | None = None) -> Run:
@@ -62,9 +65,9 @@ def cpu_seconds(who: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def rounds(tasks: Mapping[str, Callable[[], Run]], count: int) -> dict[str, list[Run]]:
+def rounds(tasks: Mapping[str, Callable[[], R]], count: int) -> dict[str, list[R]]:
     """Run every task once per round, so that a change of the machine's load meets them all alike."""
-    runs: dict[str, list[Run]] = {name: [] for name in tasks}
+    runs: dict[str, list[R]] = {name: [] for name in tasks}
     for number in range(count):
         for name, task in tasks.items():
             done = task()
@@ -75,9 +78,7 @@ def rounds(tasks: Mapping[str, Callable[[], Run]], count: int) -> dict[str, list
 
 def median(runs: Sequence[Run]) -> Run:
     """The median of each figure."""
-    columns = zip(*(asdict(one).values() for one in runs), strict=True)
-    seconds, cpu, rss, anonymous = (statistics.median(column) for column in columns)
-    return Run(seconds, cpu, int(rss), int(anonymous))
+    return Run(**{field.name: statistics.median(getattr(one, field.name) for one in runs) for field in fields(Run)})
 
 
 def esmerge(recipe: Path, output: Path) -> Run:

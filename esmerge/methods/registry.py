@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -91,5 +92,10 @@ def merging_method(
 
 def accepted(function: Callable[..., Any], parameters: dict[str, Any]) -> dict[str, Any]:
     """Those of the parameters that a function takes."""
-    names = inspect.signature(function).parameters
+    names = _parameter_names(function)
     return {name: value for name, value in parameters.items() if name in names}
+
+
+@cache
+def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
