@@ -1,7 +1,7 @@
 """Walks a decoder-only transformer one layer at a time, without ever loading it whole."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,13 @@ class Backbone:
                             f"{folder}: tensor {self._find(name)} has NaN or infinite values; "
                             "download or save the base again."
                         )
-        for buffer_owner in self.model.modules():
-            for name, buffer in buffer_owner.named_buffers(recurse=False):
-                setattr(buffer_owner, name, buffer.to(self.device))
+        for module_name, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                # Those that are part of a checkpoint were trained or computed with it, as parameters were.
+                stored = self._stored.get(canonical_name(f"{module_name}.{name}" if module_name else name))
+                if stored is not None and name not in module._non_persistent_buffers_set:
+                    buffer = self.checkpoint.read(stored, buffer.dtype)
+                setattr(module, name, buffer.to(self.device))
 
     @property
     def num_layers(self) -> int:
@@ -151,31 +155,45 @@ class Backbone:
         Returns:
             The first layer's input [B, T, H], and for each layer the arguments after the hidden states.
         """
-        hidden: list[Tensor] = []
-        arguments: list[LayerArguments] = []
-
-        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            hidden.append(hidden_states)
-            arguments.append((args, kwargs))
-            return hidden_states
-
         kwargs: dict[str, Any] = {"attention_mask": attention_mask.to(self.device)}
         if "position_ids" in inspect.signature(self.body.forward).parameters:
             # As `generate` counts them: from each row's first token, whatever padding stands before it.
             kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
-        try:
-            for layer in self.layers:
-                layer.forward = record
-            self.body(inputs_embeds=inputs_embeds.to(self.device, self.dtype), use_cache=False, **kwargs)
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        kwargs |= {"inputs_embeds": inputs_embeds.to(self.device, self.dtype), "use_cache": False}
+        recorded = self._record(kwargs, lambda hidden_states: hidden_states)
+        if recorded is None:
+            recorded = self._record(kwargs, lambda hidden_states: (hidden_states,))
+        hidden, arguments = recorded or ([], [])
         if len(arguments) != self.num_layers:
             raise InputError(
                 f"{type(self.model).__name__} called {len(arguments)} layers for {self.num_layers}: only decoders "
                 "whose layers run once, one after the other, can be probed."
             )
         return hidden[0], arguments
+
+    def _record(
+        self, kwargs: Mapping[str, Any], returned: Callable[[Tensor], Any]
+    ) -> tuple[list[Tensor], list[LayerArguments]] | None:
+        """The inputs of all layers; None if the model expects them to return something else, a tuple or a tensor."""
+        hidden: list[Tensor] = []
+        arguments: list[LayerArguments] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            hidden.append(hidden_states)
+            arguments.append((args, kwargs))
+            return returned(hidden_states)
+
+        try:
+            for layer in self.layers:
+                layer.forward = record
+            self.body(**kwargs)
+        except IndexError:
+            # A tensor that was taken for a tuple loses a dimension at each layer, until none is left.
+            return None
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return None if any(state.shape != hidden[0].shape for state in hidden) else (hidden, arguments)
 
     def iterate_layers(self) -> Iterator[nn.Module]:
         """The decoder layers in order, each with its weights only until the next one is asked for."""

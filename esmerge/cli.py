@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
+]
 
 
 @app.callback()
@@ -35,10 +39,7 @@ def _options(
 def merge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
-    ] = None,
+    set_: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed merge into OUTPUT stopped.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,6 +71,7 @@ def compare(
         list[str] | None,
         typer.Option("--coefficients", metavar="SOURCE", help="Coefficients, as in a recipe; repeat it for more."),
     ] = None,
+    set_: Changes = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge the specialists of a RECIPE in several ways, and show what the results differ in.
@@ -85,7 +87,7 @@ def compare(
     from esmerge.tables import print_comparison
 
     _imported()
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, set_ or ())
     found = run(loaded, read_variants(method or (), coefficients or ()), output, progress=not quiet)
     print_comparison(found, list(loaded.specialists))
 

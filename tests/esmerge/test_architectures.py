@@ -62,6 +62,27 @@ ARCHITECTURES = {
         ["c_attn", "c_proj", "c_fc"],
         ["c_attn"],
     ),
+    "falcon": (  # its layers return tuples
+        "FalconConfig",
+        {"head_dim": None, "multi_query": True, "parallel_attn": True},
+        2,
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        ["query_key_value"],
+    ),
+    "gptj": (
+        "GPTJConfig",
+        {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64, "rotary_dim": 4},
+        2,
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+        ["q_proj"],
+    ),
+    "opt": (
+        "OPTConfig",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        2,
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        ["fc1"],
+    ),
     "gpt_neox": (
         "GPTNeoXConfig",
         {},
@@ -231,7 +252,9 @@ def build(tmp_path_factory, make_base, make_adapter):
         key = (architecture, space, len(names), *changes.items())
         if key not in saved:
             folder = tmp_path_factory.mktemp(architecture)
-            config = getattr(transformers, kind)(**{**COMMON, **settings, **changes})
+            fields = {**COMMON, **settings, **changes}
+            # Some configurations compute what others are given.
+            config = getattr(transformers, kind)(**{key: value for key, value in fields.items() if value is not None})
             make_base(config, folder / "base")
             for index, name in enumerate(names):
                 lora = {"r": 4, "lora_alpha": 4 * (index + 1), "target_modules": all_modules}
