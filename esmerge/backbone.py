@@ -71,9 +71,9 @@ class Backbone:
         for module_name, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 # Those that are part of a checkpoint were trained or computed with it, as parameters were.
-                stored = self._stored.get(canonical_name(f"{module_name}.{name}" if module_name else name))
-                if stored is not None and name not in module._non_persistent_buffers_set:
-                    buffer = self.checkpoint.read(stored, buffer.dtype)
+                full = canonical_name(f"{module_name}.{name}" if module_name else name)
+                if full in self._stored and name not in module._non_persistent_buffers_set:
+                    buffer = self.checkpoint.read(self._stored[full], buffer.dtype)
                 setattr(module, name, buffer.to(self.device))
 
     @property

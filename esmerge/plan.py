@@ -26,6 +26,8 @@ from esmerge.vocabulary import Vocabulary, join_vocabularies
 
 logger = logging.getLogger(__name__)
 
+_SAMPLED_ROWS = 64
+
 MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Tensors with one row per token.
 _PER_TOKEN = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")
@@ -153,6 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
     targets, untied = _match(base, checkpoint, stored, specialists)
     targets, vocabulary = _join(base, targets, specialists)
     plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied)
+    _check_distances(plan)
     if recipe.space == "factors":
         _check_factors(plan)
     if isinstance(recipe.coefficients, SignalsRecipe):
@@ -195,6 +198,33 @@ def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
             "the adapters say that they were trained from different bases (%s); their shapes fit",
             ", ".join(sorted(named)),
         )
+
+
+def _check_distances(plan: Plan) -> None:
+    """Warn of full checkpoints that are as far from the base as independently trained models are from each other."""
+    matrices = [
+        target
+        for target in plan.targets
+        if target.layer is not None and len(shape := plan.checkpoint.info(target.stored).shape) == 2 and min(shape) > 1
+    ]
+    for specialist in plan.specialists:
+        shared = [t for t in matrices if t.name in specialist.names] if isinstance(specialist, FullSpecialist) else []
+        if not shared:
+            continue
+        # Some rows of one matrix tell: sqrt(2) for unrelated models of one size, a few hundredths after fine-tuning.
+        middle = shared[len(shared) // 2]
+        rows = min(_SAMPLED_ROWS, plan.checkpoint.info(middle.stored).shape[0])
+        base = plan.checkpoint.read_range(middle.stored, 0, rows).float()
+        own = specialist.checkpoint.read_range(specialist.stored_as(middle.name), 0, rows).float()
+        if base.shape == own.shape and (own - base).norm() > base.norm():
+            logger.warning(
+                "%s is as far from the base as an unrelated model is (relative distance %.1f in %s): "
+                "was it trained from %s?",
+                specialist.name,
+                float((own - base).norm() / base.norm()),
+                middle.name,
+                plan.recipe.base,
+            )
 
 
 def _kind(config: object) -> str:

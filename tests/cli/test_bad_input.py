@@ -10,7 +10,7 @@ import torch
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 CASES = []
 
@@ -965,6 +965,17 @@ class TestWarnings:
         assert code == 0, err
         sentences = [record.getMessage() for record in caplog.records]
         assert sentences == ["specialist cell is identical to the base: its delta is zero everywhere"]
+
+    def test_full_checkpoint_of_another_model(self, inputs, esmerge, tmp_path, caplog):
+        config = AutoConfig.from_pretrained(inputs / "base")
+        torch.manual_seed(99)
+        shutil.rmtree(inputs / "cell")
+        AutoModelForCausalLM.from_config(config).save_pretrained(inputs / "cell")
+        inputs.recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        [sentence] = [record.getMessage() for record in caplog.records]
+        assert sentence.startswith("cell is as far from the base as an unrelated model is (relative distance ")
 
     def test_adapter_that_was_never_trained(self, inputs, esmerge, tmp_path, caplog):
         def untrain(tensors):
