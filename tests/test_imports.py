@@ -19,7 +19,7 @@ PACKAGES = {
 # The story, from first to last: no step imports a later one.
 STORY = ["recipe", "sources", "specialists", "probe", "signals", "coefficients", "merging", "pipeline", "cli"]
 # Pure functions, and what they may use beside torch: the methods declare the bounds of their parameters.
-PURE = {"coefficients": set(), "methods": {"pydantic"}}
+PURE = {"coefficients": set(), "methods": {"numpy", "pydantic"}}
 
 
 def name_of(file):

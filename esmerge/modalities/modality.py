@@ -1,0 +1,124 @@
+"""What a modality is: a placeholder token, and a way from an item (a SMILES, a sequence) to soft tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import Tensor, nn
+
+Features = dict[str, Tensor]
+
+
+class Modality(BaseModel, ABC):
+    """The settings of a modality, and what can be done with items by them alone.
+
+    Settings are kept as JSON beside the weights of the encoder. The encoder itself is the module that `build` makes.
+    Both steps are separate, so that a processor can prepare items without any weights.
+
+    Attributes:
+        kind: by which a modality's settings name its class.
+        placeholder: stands for an item in a prompt; a prompt has one for each item, and each becomes as many
+            positions as the item has soft tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: ClassVar[str]
+    placeholder: str = Field(min_length=1)
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """Where its own files lie, if it has some."""
+        return self._folder
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of files in its folder that it needs beside the settings and the weights."""
+        return ()
+
+    @abstractmethod
+    def features(self, item: str) -> Features:
+        """What the encoder takes of one item, on the CPU; without a batch dimension.
+
+        Raises:
+            InputError: if the item is not valid; names it.
+        """
+
+    @abstractmethod
+    def soft_tokens(self, features: Features) -> int:
+        """How many soft tokens an item becomes."""
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> "Encoder":
+        """A new encoder for an LLM with that hidden size, with fresh weights."""
+
+    def collate(self, features: Sequence[Features]) -> Features:
+        """The features of several items as one batch; by default stacked, padded with zeros at the end of dimension 0.
+
+        What was padded must be told by one of the features, such as an attention mask.
+        """
+        batch = {}
+        for name in features[0]:
+            rows = [item[name] for item in features]
+            batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].dim() else torch.stack(rows)
+        return batch
+
+
+class Encoder(nn.Module, ABC):
+    """Turns a batch of features into soft tokens."""
+
+    @abstractmethod
+    def forward(self, **features: Tensor) -> Tensor:
+        """The soft tokens of all items, one item after the other and without padding, [sum of n_i, hidden]."""
+
+
+class TextModality(Modality):
+    """A modality whose items are read by the LLM as they are: no encoder, no soft tokens.
+
+    Attributes:
+        template: what an item becomes in the prompt, with `{item}` in it.
+    """
+
+    kind: ClassVar[str] = "text"
+    template: str = "{item}"
+
+    def render(self, item: str) -> str:
+        """The text that takes the placeholder's place."""
+        return self.template.replace("{item}", item)
+
+    def features(self, item: str) -> Features:
+        """None: text needs no encoder."""
+        return {}
+
+    def soft_tokens(self, features: Features) -> int:
+        """None."""
+        return 0
+
+    def build(self, hidden_size: int) -> Encoder:
+        """Not for text."""
+        raise TypeError("a text modality has no encoder")
+
+
+def feature_name(modality: str, name: str) -> str:
+    """What a feature of a modality is called among the inputs of a model: `protein_input_ids`."""
+    return f"{modality}_{name}"
+
+
+def split_features(modalities: Sequence[str], inputs: Mapping[str, object]) -> dict[str, Features]:
+    """The features of each modality among the inputs of a model, by their own names.
+
+    >>> split_features(["protein"], {"protein_input_ids": 1, "input_ids": 2})
+    {'protein': {'input_ids': 1}}
+    """
+    found: dict[str, Features] = {}
+    # The longest name first: `cell_line_values` is a feature of `cell_line` where there is one, not of `cell`.
+    for key, value in inputs.items():
+        owner = max((m for m in modalities if key.startswith(f"{m}_")), key=len, default=None)
+        if owner is not None and value is not None:
+            found.setdefault(owner, {})[key.removeprefix(f"{owner}_")] = value  # type: ignore[assignment]
+    return found
