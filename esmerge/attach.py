@@ -13,6 +13,10 @@ from esmerge.deltas import Delta, LoraDelta
 
 Observer = Callable[[str, Tensor, Tensor], None]
 
+# The number of positions in a backward pass is a multiple of this: for each size that it ever sees, the library behind
+# torch's products on a CPU keeps kernels in memory.
+POSITIONS = 64
+
 
 @contextmanager
 def attached(
@@ -114,7 +118,9 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        positions = gradient.abs().amax(dim=-1).nonzero().squeeze(1)
+        touched = gradient.abs().amax(dim=-1) > 0
+        count = min(len(touched), -(-int(touched.sum()) // POSITIONS) * POSITIONS)
+        positions = touched.logical_not().argsort(stable=True)[:count]
         gradient = gradient[positions]
         ctx.observer(x.flatten(0, -2)[positions], gradient)
         to_x = None
