@@ -56,6 +56,7 @@ def merge(
     _imported()
     counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume)
     own = f", {counts['own rows']} rows of specialists' own tokens" if counts["own rows"] else ""
+    own += f", {counts['encoders']} of encoders copied" if counts["encoders"] else ""
     print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base{own}")
 
 

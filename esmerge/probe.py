@@ -3,6 +3,7 @@
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -257,8 +258,9 @@ def text_probe(
     embed: Callable[[Tensor], Tensor],
     batch_size: int = 2,
     chat_template: str | None = None,
+    soft_tokens: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Probe:
-    """A probe from text items through the tokenizer's chat template.
+    """A probe from items through the tokenizer's chat template.
 
     Args:
         template: with one `{modality}` placeholder each.
@@ -266,7 +268,10 @@ def text_probe(
         embed: token ids [K, T] -> input embeddings [K, T, H].
         batch_size: probe inputs per batch (2 in the paper's code); gradient scores depend on it.
         chat_template: instead of the tokenizer's own.
+        soft_tokens: of the items of modalities with an encoder, [n_k, H] each; their items are then n_k placeholder
+            tokens.
     """
+    soft_tokens = soft_tokens or {}
     rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
     prompts = tokenize(tokenizer, template, rows, chat_template)
     parts = []
@@ -275,12 +280,23 @@ def text_probe(
         ids = left_padded([ids for ids, _ in part])
         masks = {name: left_padded([row[name] for _, row in part]) for name in data}
         attention = left_padded([torch.ones_like(ids) for ids, _ in part])
+        for name in soft_tokens:
+            # A placeholder's own embedding is never used, and need not exist.
+            ids = ids.masked_fill(masks[name], 0)
         parts.append((ids, attention, masks))
     flat = torch.cat([ids.flatten() for ids, _, _ in parts])
     embedded = embed(flat[None])[0].split([ids.numel() for ids, _, _ in parts])
     batches: list[ProbeBatch] = []
+    given = {name: iter(items) for name, items in soft_tokens.items()}
     for vectors, (ids, attention, masks) in zip(embedded, parts, strict=True):
-        batches += batched(
-            vectors.view(*ids.shape, -1), attention, masks, batch_size, "probe inputs made from probe.data"
-        ).batches
+        inputs_embeds = vectors.view(*ids.shape, -1)
+        for name, items in given.items():
+            tokens = torch.cat(list(islice(items, len(ids)))).to(inputs_embeds)
+            if len(tokens) != int(masks[name].sum()):
+                raise InputError(
+                    f"the prompt has {int(masks[name].sum())} positions for {name}, its encoder makes {len(tokens)} soft "
+                    "tokens: its placeholder must be one token of the tokenizer."
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(masks[name].unsqueeze(-1).to(tokens.device), tokens)
+        batches += batched(inputs_embeds, attention, masks, batch_size, "probe inputs made from probe.data").batches
     return Probe(tuple(data), batches)

@@ -75,4 +75,22 @@ def make_probe(plan: Plan, backbone: Backbone) -> Probe:
         tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
-    return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template)
+    modalities = {name: modality_of(name, encoder) for name, encoder in encoders_of(plan).items()}
+    add_placeholders(tokenizer, modalities)
+    soft_tokens = {}
+    for name, modality in modalities.items():
+        if isinstance(modality, TextModality):
+            items[name] = [modality.render(item) for item in items[name]]
+        else:
+            soft_tokens[name] = _soft_tokens(plan, name, modality, items[name], backbone)
+            items[name] = [modality.placeholder * len(tokens) for tokens in soft_tokens[name]]
+    return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template, soft_tokens)
+
+
+def _soft_tokens(plan: Plan, name: str, modality: Modality, items: Sequence[str], backbone: Backbone) -> list[Tensor]:
+    """The soft tokens [n, H] of a modality's items, from its own specialist's encoder."""
+    encoder = encoders_of(plan)[name]
+    weights = {key: encoder.checkpoint.read(stored) for key, stored in encoder.tensors.items()}
+    module = build_encoder(modality, weights, backbone.hidden_size, str(plan.specialist(name).folder))
+    module = module.to(backbone.device, backbone.dtype)
+    return encode_items(modality, module, items, cache=encoder_cache(), weights_hash=encoder.checkpoint.content_hash())

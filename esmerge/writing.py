@@ -15,6 +15,14 @@ from tqdm import tqdm
 from esmerge import results
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.deltas import Delta, LoraDelta, ValueDelta
+from esmerge.encoders import (
+    LLM_PREFIX,
+    copy_encoders,
+    encoders_layout,
+    encoders_of,
+    write_mllm_files,
+    write_modalities,
+)
 from esmerge.errors import InputError
 from esmerge.merging import (
     Merger,
@@ -155,7 +163,8 @@ class AdapterOutput(Output):
         )
         results.write_json(self.folder / "adapter_config.json", config)
         results.copy_tokenizer(self.plan.base.folder, self.folder)
-        return {"merged": len(self.targets), "copied": 0, "own rows": 0}
+        encoders = write_modalities(self.plan, self.folder)
+        return {"merged": len(self.targets), "copied": 0, "own rows": 0, "encoders": encoders}
 
 
 def _sum_of_ranks(plan: Plan) -> int:
@@ -170,17 +179,19 @@ class FullOutput(Output):
         super().__init__(plan, merger, folder, observe)
         self.targets = plan.targets
         self._dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
+        # Around the LLM of a multimodal model there is one more module.
+        self._prefix = LLM_PREFIX if encoders_of(plan) else ""
         layout = {
-            target.written: (
+            self.key(target): (
                 self._dtype if self._dtype and target.dtype.is_floating_point else target.dtype,
                 target.result_shape,
             )
             for target in plan.targets
         }
-        self.writer = CheckpointWriter(folder, layout)
+        self.writer = CheckpointWriter(folder, layout | encoders_layout(plan))
 
     def key(self, target: Target) -> str:
-        return target.written
+        return self._prefix + target.written
 
     def write(self, target: Target, stream: TensorStream) -> None:
         note: dict[str, Any] = {}
@@ -206,8 +217,9 @@ class FullOutput(Output):
                 self._show(target, stream, start, stop, merged)
                 self._write_rows(target, start, merged.add_(stream.base(start, stop) if base is None else base))
             note = self._note(target.name)
-        _write_own_rows(self.plan, target, stream, self.writer)
-        self.writer.complete(target.written, note)
+        for row, values in _own_rows(self.plan, target, stream):
+            self.writer.write_rows(self.key(target), row, values)
+        self.writer.complete(self.key(target), note)
 
     def _write_rows(self, target: Target, start: int, rows: Tensor) -> None:
         # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
@@ -216,11 +228,12 @@ class FullOutput(Output):
             and not rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None).isfinite()
         ):
             raise InputError(_not_finite(self.plan, target))
-        self.writer.write_rows(target.written, start, rows)
+        self.writer.write_rows(self.key(target), start, rows)
 
     def finish(self) -> dict[str, int]:
-        self.writer.finish()
         plan = self.plan
+        encoders = copy_encoders(plan, self.writer)
+        self.writer.finish()
         changes: dict[str, Any] = {"dtype": str(self._dtype).removeprefix("torch.")} if self._dtype else {}
         if any(target.result_shape != target.shape for target in plan.targets):
             changes["vocab_size"] = plan.vocabulary.size
@@ -228,9 +241,11 @@ class FullOutput(Output):
             changes["tie_word_embeddings"] = False
         results.copy_model_files(plan.base.folder, self.folder, changes)
         write_tokenizer(plan.base.folder, self.folder, plan.vocabulary)
+        if encoders_of(plan):
+            write_mllm_files(plan, self.folder)
         merged = len(plan.merged)
         own_rows = sum(len(_owners(plan, target)) for target in plan.merged)
-        return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows}
+        return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows, "encoders": encoders}
 
 
 def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> Output:
@@ -308,7 +323,7 @@ def _owners(plan: Plan, target: Target) -> dict[int, list[int]]:
     return plan.vocabulary.owners
 
 
-def _write_own_rows(plan: Plan, target: Target, stream: TensorStream, writer: CheckpointWriter) -> None:
+def _own_rows(plan: Plan, target: Target, stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
     """Rows of tokens that the base does not have: their specialist's own, or the mean of several."""
     for row, indices in _owners(plan, target).items():
         values = []
@@ -317,11 +332,11 @@ def _write_own_rows(plan: Plan, target: Target, stream: TensorStream, writer: Ch
             if delta is not None and row < delta.shape[0]:
                 values.append(_own_row(stream, delta, row))
         if len(values) == 1:
-            writer.write_rows(target.written, row, values[0])
+            yield row, values[0]
         elif values:
-            writer.write_rows(target.written, row, torch.stack([value.float() for value in values]).mean(dim=0))
+            yield row, torch.stack([value.float() for value in values]).mean(dim=0)
         elif row >= target.shape[0]:
-            writer.write_rows(target.written, row, torch.zeros((1, *target.shape[1:])))
+            yield row, torch.zeros((1, *target.shape[1:]))
 
 
 def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""The specialists' encoders in a result: copied as they are, streamed, with their settings beside them."""
+
+from pathlib import Path
+
+import torch
+
+from esmerge.checkpoint import CheckpointWriter
+from esmerge.modalities import Modality, modality_from_settings, save_modality
+from esmerge.modalities.registry import WEIGHTS_FILE
+from esmerge.plan import Plan
+from esmerge.results import write_json
+from esmerge.scores import row_blocks
+from esmerge.specialists import SpecialistEncoder
+
+# Where a multimodal checkpoint has its parts.
+LLM_PREFIX = "language_model."
+ENCODERS_PREFIX = "encoders."
+_MODALITIES_FOLDER = "modalities"
+_WEIGHTS_STEM = WEIGHTS_FILE.removesuffix(".safetensors")
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def encoders_of(plan: Plan) -> dict[str, SpecialistEncoder]:
+    """The encoders that the specialists of a plan bring, by modality; text modalities with settings among them."""
+    return {s.name: s.encoder for s in plan.specialists if s.encoder is not None}
+
+
+def modality_of(name: str, encoder: SpecialistEncoder) -> Modality:
+    """The modality of an encoder."""
+    return modality_from_settings(encoder.settings, f"the modality {name}", encoder.folder)
+
+
+def write_modalities(plan: Plan, folder: Path) -> int:
+    """Write all modalities, settings, files and weights, into `modalities` of an adapter; return the tensors' number."""
+    for name, encoder in encoders_of(plan).items():
+        place = folder / _MODALITIES_FOLDER / name
+        save_modality(modality_of(name, encoder), place)
+        if encoder.tensors:
+            # No shards: an encoder is read whole, by one call.
+            writer = CheckpointWriter(place, _layout(encoder), stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
+            _copy(encoder, writer, "")
+            writer.finish()
+    return sum(len(encoder.tensors) for encoder in encoders_of(plan).values())
+
+
+def encoders_layout(plan: Plan) -> Layout:
+    """The tensors of all encoders as a multimodal checkpoint has them."""
+    return {
+        f"{ENCODERS_PREFIX}{name}.{key}": entry
+        for name, encoder in encoders_of(plan).items()
+        for key, entry in _layout(encoder).items()
+    }
+
+
+def copy_encoders(plan: Plan, writer: CheckpointWriter) -> int:
+    """Copy all encoders into a multimodal checkpoint; return the number of tensors."""
+    for name, encoder in encoders_of(plan).items():
+        _copy(encoder, writer, f"{ENCODERS_PREFIX}{name}.")
+    return sum(len(encoder.tensors) for encoder in encoders_of(plan).values())
+
+
+def write_mllm_files(plan: Plan, folder: Path) -> None:
+    """Turn the files of an LLM that are in `folder` already, its config and tokenizer, into a multimodal model's."""
+    from transformers import AutoTokenizer
+
+    from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
+    from esmerge.mllm.loading import mllm_config
+
+    modalities = {name: modality_of(name, encoder) for name, encoder in encoders_of(plan).items()}
+    processor = MllmProcessor(AutoTokenizer.from_pretrained(folder), modalities)
+    processor.save_pretrained(folder)
+    config = mllm_config(folder, processor).to_dict()
+    write_json(folder / "config.json", {**config, "architectures": [MllmForConditionalGeneration.__name__]})
+
+
+def _layout(encoder: SpecialistEncoder) -> Layout:
+    infos = {key: encoder.checkpoint.info(stored) for key, stored in encoder.tensors.items()}
+    return {key: (info.dtype, info.shape) for key, info in infos.items()}
+
+
+def _copy(encoder: SpecialistEncoder, writer: CheckpointWriter, prefix: str) -> None:
+    for key, stored in encoder.tensors.items():
+        name = prefix + key
+        if name not in writer.pending:
+            continue
+        shape = encoder.checkpoint.info(stored).shape
+        for start, stop in row_blocks(shape) if shape else [(0, 1)]:
+            writer.write_rows(name, start, encoder.checkpoint.read_range(stored, start, stop))
+        writer.complete(name)
