@@ -151,8 +151,8 @@ def _full_encoder(
             continue
         if tensor.startswith(_ENCODER) and _is_derived(checkpoint, tensor, inner, esm_config):
             derived += 1
-        elif tensor.startswith(_ENCODER) and (inner.startswith(_ESM) or inner.endswith(_FREQUENCIES)):
-            tensors[f"encoder.{inner}"] = tensor
+        elif tensor.startswith(_ENCODER) and _is_esm(inner):
+            _add_esm(tensors, inner, tensor, checkpoint)
         elif match := _PROJECTOR_TENSOR.match(tensor):
             tensors[f"projector.{match[1]}"] = tensor
         else:
@@ -177,8 +177,8 @@ def _plain_esm(folder: Path, config: dict[str, Any]) -> tuple[SpecialistEncoder,
         inner = tensor.removeprefix("esm.")
         if _is_derived(checkpoint, tensor, inner, config):
             derived += 1
-        elif inner.startswith(_ESM) or inner.endswith(_FREQUENCIES):
-            tensors[f"encoder.{inner}"] = tensor
+        elif _is_esm(inner):
+            _add_esm(tensors, inner, tensor, checkpoint)
         elif inner.startswith(_ESM_HEADS):
             heads += 1
         else:
@@ -188,6 +188,20 @@ def _plain_esm(folder: Path, config: dict[str, Any]) -> tuple[SpecialistEncoder,
     left_out = {_DERIVED: derived, "heads of the EsmModel, which the projector replaces": heads}
     encoder = SpecialistEncoder(_settings(config, PLACEHOLDER, DROPOUT), None, checkpoint, tensors)
     return encoder, {reason: count for reason, count in left_out.items() if count}
+
+
+def _is_esm(inner: str) -> bool:
+    return inner.startswith(_ESM) or inner.endswith(_FREQUENCIES)
+
+
+def _add_esm(tensors: dict[str, str], inner: str, tensor: str, checkpoint: Checkpoint) -> None:
+    # transformers 5 saves the norms of an EsmModel under the names of TensorFlow, and reads both.
+    name = "encoder." + inner.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    if name in tensors:
+        raise InputError(
+            f"{checkpoint.info(tensor).file} has one tensor in two places ({tensors[name]}, {tensor}): save it again."
+        )
+    tensors[name] = tensor
 
 
 def _is_derived(checkpoint: Checkpoint, tensor: str, inner: str, config: Mapping[str, Any]) -> bool:
