@@ -7,6 +7,8 @@ from esmerge.errors import InputError
 
 # The decoder layers' list as it is called by Llama and its like, by GPT-2 and by MPT.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+# What wraps the model that PEFT was given, alone or as Mol-LLaMA's `.llm`.
+_PEFT = re.compile(r"^(?:llm\.)?base_model\.model\.")
 _WRAPPERS = re.compile(r"^(?:(?:base_model|model|llm|llama_decoder|language_model|transformer|decoder|gpt_neox)\.)+")
 
 
@@ -38,6 +40,24 @@ def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
             )
         found[canonical] = name
     return found
+
+
+def peft_module(name: str) -> str:
+    """A module's name as the patterns of a PEFT config see it.
+
+    >>> peft_module("base_model.model.llama_decoder.model.layers.3.mlp.up_proj")
+    'llama_decoder.model.layers.3.mlp.up_proj'
+    """
+    return _PEFT.sub("", name)
+
+
+def base_module(name: str) -> str:
+    """A module's name in the base, from that in an adapter of the base or of a model that holds the base.
+
+    >>> base_module("base_model.model.llama_decoder.model.layers.3.mlp.up_proj")
+    'model.layers.3.mlp.up_proj'
+    """
+    return peft_module(name).removeprefix("llama_decoder.")
 
 
 def layer_of(canonical: str) -> int | None:

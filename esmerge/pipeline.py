@@ -259,6 +259,9 @@ def _record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mappi
         "versions": results.versions(),
         "tensors": dict(counts),
     }
+    left_out = {specialist.name: specialist.left_out for specialist in plan.specialists if specialist.left_out}
+    if left_out:
+        record["left_out"] = left_out
     if merger.kept_energy:
         energies = [merger.kept_energy[name] for name in sorted(merger.kept_energy)]
         record["kept_energy"] = {"mean": sum(energies) / len(energies), "minimum": min(energies)}

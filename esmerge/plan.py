@@ -146,7 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
     sources, specialists = [], []
     for name, entry in recipe.specialists.items():
         sources.append(resolve(entry.model, recipe.folder, f"specialists.{name}.model"))
-        specialists.append(open_specialist(name, sources[-1].folder))
+        specialists.append(_open(recipe, name, sources[-1].folder))
     _check_count(recipe)
     _check_origin(base, specialists)
     stored = canonical_names(
@@ -155,12 +155,26 @@ def make_plan(recipe: Recipe) -> Plan:
     targets, untied = _match(base, checkpoint, stored, specialists)
     targets, vocabulary = _join(base, targets, specialists)
     plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied)
+    _check_modalities(plan)
+    _check_frozen(plan)
     _check_distances(plan)
     if recipe.space == "factors":
         _check_factors(plan)
     if isinstance(recipe.coefficients, SignalsRecipe):
         _check_probe(plan)
     return _fit_adapter(plan) if recipe.output.format == "adapter" else plan
+
+
+def _open(recipe: Recipe, name: str, folder: Path) -> Specialist:
+    entry = recipe.specialists[name]
+    encoder = entry.encoder and resolve(entry.encoder, recipe.folder, f"specialists.{name}.encoder").folder
+    features = recipe.folder / Path(entry.features).expanduser() if entry.features else None
+    if features is not None and not features.is_file():
+        raise InputError(f"specialists.{name}.features: the file {features} does not exist.")
+    specialist = open_specialist(name, folder, encoder or None, features)
+    for what, count in specialist.left_out.items():
+        logger.info("%s: %d tensors are left out: %s", name, count, what)
+    return specialist
 
 
 def _check_count(recipe: Recipe) -> None:
@@ -183,7 +197,8 @@ def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
                 "trained from the base."
             )
         for field in ("hidden_size", "num_hidden_layers", "intermediate_size"):
-            if specialist.config.get(field) != ours.get(field):
+            # Configs inside others may leave out what is at its default.
+            if field in specialist.config and specialist.config[field] != ours.get(field):
                 raise InputError(
                     f"{specialist.name} has {field} {specialist.config.get(field)}, the base {ours.get(field)}: "
                     "specialists must be trained from the base."
@@ -191,13 +206,74 @@ def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
     named = {
         str(specialist.config.get("base_model_name_or_path"))
         for specialist in specialists
-        if isinstance(specialist, LoraSpecialist)
+        if isinstance(specialist, LoraSpecialist) and specialist.config.get("base_model_name_or_path")
     }
     if len(named) > 1:
         logger.warning(
             "the adapters say that they were trained from different bases (%s); their shapes fit",
             ", ".join(sorted(named)),
         )
+
+
+def _check_modalities(plan: Plan) -> None:
+    """Encoders must have a placeholder each, and make soft tokens as wide as the base's embeddings."""
+    owners: dict[str, str] = {}
+    embeddings = next((target for target in plan.targets if target.name in INPUT_EMBEDDINGS), None)
+    for specialist in plan.specialists:
+        encoder = specialist.encoder
+        if encoder is None:
+            continue
+        if other := owners.get(encoder.placeholder):
+            raise InputError(
+                f"{other} and {specialist.name} have the same placeholder, {encoder.placeholder}, so that no prompt "
+                "could tell them apart: give one of them another in the settings of its modality."
+            )
+        owners[encoder.placeholder] = specialist.name
+        if embeddings is None or encoder.projection is None:
+            continue
+        tensor, width = encoder.projection
+        if width != embeddings.shape[1]:
+            raise InputError(
+                f"{encoder.checkpoint.info(tensor).file}: {tensor} makes soft tokens of size {width}, the base "
+                f"{plan.base.reference} has hidden_size {embeddings.shape[1]}: {specialist.name} was trained with "
+                "another base."
+            )
+
+
+def _check_frozen(plan: Plan) -> None:
+    """Frozen weights that lie beside an adapter must be the base's; some rows of one matrix are compared."""
+    targets = {target.name: target for target in plan.targets}
+    for specialist in plan.specialists:
+        frozen = specialist.frozen if isinstance(specialist, LoraSpecialist) else {}
+        for name, tensor in frozen.items():
+            info = specialist.checkpoint.info(tensor)
+            if name not in targets:
+                raise InputError(
+                    f"{info.file}: {tensor} is neither part of the adapter nor a tensor of the base "
+                    f"{plan.base.reference}: it was trained from another base, or save it without that."
+                )
+            if info.shape != targets[name].shape:
+                raise InputError(
+                    f"{info.file}: {tensor} has shape {list(info.shape)}, in the base {plan.base.reference} it has "
+                    f"shape {list(targets[name].shape)}: it was trained from another base."
+                )
+        matrices = [name for name in sorted(frozen, key=natural_order) if len(targets[name].shape) == 2]
+        if not matrices:
+            continue
+        middle = targets[matrices[len(matrices) // 2]]
+        rows = min(_SAMPLED_ROWS, middle.shape[0])
+        base = plan.checkpoint.read_range(middle.stored, 0, rows).float()
+        own = specialist.checkpoint.read_range(frozen[middle.name], 0, rows).float()
+        # Rounding to half precision moves them by less.
+        if (own - base).norm() > 0.01 * base.norm():
+            logger.warning(
+                "%s: %s, which the adapter was trained on, is not the base's (relative distance %.2f): "
+                "was it trained from %s?",
+                specialist.name,
+                frozen[middle.name],
+                float((own - base).norm() / base.norm()),
+                plan.recipe.base,
+            )
 
 
 def _check_distances(plan: Plan) -> None:

@@ -37,13 +37,20 @@ class _Strict(BaseModel):
 
 
 class SpecialistRecipe(_Strict):
-    """One specialist: a PEFT LoRA adapter or a full checkpoint.
+    """One specialist: a PEFT LoRA adapter, a full checkpoint, Prot2Text-V2 or Mol-LLaMA.
 
     Attributes:
-        model: folder or Hub id (`user/repo` or `user/repo@revision`).
+        model: folder or Hub id (`user/repo` or `user/repo@revision`). Beside an adapter or a full checkpoint, its
+            `modalities/<name>` may hold the encoder of the modality; the other two have theirs in their own layout.
+        encoder: folder or Hub id of the encoder, where it is not in `model`: a modality's folder (config.json with
+            `kind`, model.safetensors); for an adapter of Prot2Text-V2 also the full checkpoint or the EsmModel.
+        features: for Mol-LLaMA, a safetensors file of features that its encoder gave, relative to the recipe; they
+            replace the encoder, which only runs in its own environment.
     """
 
     model: str
+    encoder: str | None = None
+    features: str | None = None
 
 
 class ProbeRecipe(_Strict):

@@ -38,13 +38,13 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
     Raises:
         InputError: if one id stands for two tokens.
     """
-    known = _tokens(base)
+    known = tokens_of(base)
     entries = _added_tokens(base)
     source = dict.fromkeys(known, "the base")
     owners: dict[int, list[int]] = {}
     added: dict[int, dict[str, Any]] = {}
     for index, (name, folder, _) in enumerate(specialists):
-        own = _tokens(folder)
+        own = tokens_of(folder)
         for token_id, token in own.items():
             if token_id in source and known[token_id] != token:
                 raise InputError(
@@ -101,7 +101,7 @@ def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     return {entry["id"]: entry for entry in _read(file).get("added_tokens", [])} if file.exists() else {}
 
 
-def _tokens(folder: Path) -> dict[int, str]:
+def tokens_of(folder: Path) -> dict[int, str]:
     """Id -> token; empty for a folder without a tokenizer."""
     file = folder / TOKENIZER_FILE
     if not file.exists():

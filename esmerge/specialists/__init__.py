@@ -1,4 +1,4 @@
-"""Where deltas come from: one file per checkpoint format."""
+"""Where deltas come from, and the encoders beside them: one file per checkpoint format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,14 @@ from typing import Any, Protocol
 from esmerge.checkpoint import Checkpoint
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
+from esmerge.sources import read_json
+from esmerge.specialists.encoder import SpecialistEncoder, find_encoder, other_encoders
 from esmerge.specialists.full import FullSpecialist
 from esmerge.specialists.lora import LoraSpecialist
+from esmerge.specialists.mol_llama import MOL_LLAMA, open_mol_llama
+from esmerge.specialists.prot2text import PROT2TEXT, is_prot2text_adapter, open_prot2text, open_prot2text_adapter
 
-__all__ = ["FullSpecialist", "LoraSpecialist", "Specialist", "open_specialist"]
+__all__ = ["FullSpecialist", "LoraSpecialist", "Specialist", "SpecialistEncoder", "open_specialist"]
 
 
 class Specialist(Protocol):
@@ -19,11 +23,13 @@ class Specialist(Protocol):
     Attributes:
         name: the specialist's name, which is its modality's.
         folder: where it lies.
-        config: its config.json or adapter_config.json.
+        config: its LLM's config.json or adapter_config.json.
         checkpoint: its tensors.
         modules: canonical name of each weight with plain low-rank factors -> the module's name in the base.
         low_rank: whether there is nothing else.
         ties_embeddings: whether what it does to the input embeddings holds for the output embeddings too.
+        encoder: of its modality, if it brings one.
+        left_out: how many of its tensors the result does without, by what they are.
     """
 
     name: str
@@ -32,6 +38,8 @@ class Specialist(Protocol):
     checkpoint: Checkpoint
     modules: dict[str, str]
     ties_embeddings: bool
+    encoder: SpecialistEncoder | None
+    left_out: dict[str, int]
 
     @property
     def low_rank(self) -> bool: ...
@@ -53,17 +61,47 @@ class Specialist(Protocol):
         ...
 
 
-def open_specialist(name: str, folder: Path) -> Specialist:
+def open_specialist(
+    name: str, folder: Path, encoder_folder: Path | None = None, features: Path | None = None
+) -> Specialist:
     """Open the specialist in `folder`, whatever its format.
 
+    The formats: a PEFT adapter or a full checkpoint, each alone or with the encoder of its modality in
+    `modalities/<name>`; Prot2Text-V2, merged or as an adapter; Mol-LLaMA.
+
+    Args:
+        name: the specialist's, which is its modality's.
+        encoder_folder: of the encoder, where it is not in `folder`.
+        features: a safetensors file of cached features, for Mol-LLaMA.
+
     Raises:
-        InputError: if the folder holds no format that can be merged.
+        InputError: if the folder holds no format that can be merged, or a part of it is missing or not known.
     """
     if (folder / "adapter_config.json").exists():
-        return LoraSpecialist(name, folder)
-    if (folder / "config.json").exists():
-        return FullSpecialist(name, folder)
-    raise InputError(
-        f"specialist {name}: {folder} has neither adapter_config.json (a PEFT LoRA adapter) nor config.json "
-        "(a full checkpoint)."
-    )
+        _refuse(name, "features", features, "a PEFT adapter")
+        checkpoint = Checkpoint.open(folder, "adapter_model")
+        if is_prot2text_adapter(checkpoint):
+            return open_prot2text_adapter(name, folder, checkpoint, encoder_folder)
+        found = find_encoder(name, folder, encoder_folder)
+        return LoraSpecialist(name, folder, checkpoint=checkpoint, encoder=found, left_out=other_encoders(name, folder))
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"specialist {name}: {folder} has neither adapter_config.json (a PEFT LoRA adapter) nor config.json "
+            "(a full checkpoint)."
+        )
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type == MOL_LLAMA:
+        _refuse(name, "encoder", encoder_folder, "Mol-LLaMA, which brings its own")
+        return open_mol_llama(name, folder, features)
+    if model_type == PROT2TEXT:
+        _refuse(name, "features", features, "Prot2Text-V2")
+        _refuse(name, "encoder", encoder_folder, "a full checkpoint of Prot2Text-V2, which brings its own")
+        return open_prot2text(name, folder)
+    _refuse(name, "features", features, "a full checkpoint")
+    found = find_encoder(name, folder, encoder_folder)
+    return FullSpecialist(name, folder, encoder=found, left_out=other_encoders(name, folder))
+
+
+def _refuse(name: str, field: str, given: Path | None, kind: str) -> None:
+    if given is not None:
+        raise InputError(f"specialists.{name}.{field} is given, but {name} is {kind}: leave the field out.")

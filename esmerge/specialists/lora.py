@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from esmerge.checkpoint import Checkpoint
 from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, SumDelta, ValueDelta
 from esmerge.errors import InputError
-from esmerge.names import canonical_name, natural_order
+from esmerge.names import base_module, canonical_name, natural_order, peft_module
 from esmerge.sources import read_json
+from esmerge.specialists.encoder import SpecialistEncoder
 from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 # What PEFT appends to a module's name, with or without the adapter's name; factors of embeddings are transposed.
@@ -23,6 +24,9 @@ _PARTS = re.compile(
 )
 _TOKENS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.")
+
+# What `left_out` calls the modules that PEFT keeps beside those it trains.
+ORIGINAL_MODULES = "modules as they were before training"
 
 # Fields of PEFT's LoraConfig that change what an adapter computes in a way that its tensors do not show.
 _UNSUPPORTED = {
@@ -52,27 +56,53 @@ class LoraSpecialist:
             has it.
         ties_embeddings: whether what it does to the input embeddings holds for the output embeddings too, where the
             base ties them.
+        encoder: of its modality, if it brings one.
+        left_out: how many of its tensors the result does without, by what they are.
+        frozen: canonical name of each of the base's tensors that is stored beside the adapter -> the tensor stored.
+
+    Args:
+        config: as PEFT has it, where there is no adapter_config.json.
+        config_file: where `config` is from.
+        checkpoint: where it is open already.
+        tensors: those of the adapter, where the checkpoint holds more.
 
     Raises:
         InputError: if it is no LoRA, or holds anything that cannot be expressed as deltas.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        config_file: Path | None = None,
+        checkpoint: Checkpoint | None = None,
+        tensors: Iterable[str] | None = None,
+        encoder: SpecialistEncoder | None = None,
+        left_out: Mapping[str, int] | None = None,
+        frozen: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.folder = folder
-        self.config: Mapping[str, Any] = read_json(folder / "adapter_config.json")
-        _check_type(self.config, folder / "adapter_config.json")
-        self.checkpoint = Checkpoint.open(folder, "adapter_model")
+        self.encoder = encoder
+        self.left_out = dict(left_out or {})
+        self.frozen = dict(frozen or {})
+        self._config_file = config_file or folder / "adapter_config.json"
+        self.config: Mapping[str, Any] = read_json(self._config_file) if config is None else config
+        _check_type(self.config, self._config_file)
+        self.checkpoint = checkpoint or Checkpoint.open(folder, "adapter_model")
         self.modules: dict[str, str] = {}
         # By canonical name of the weight: part (`lora_A.weight`, ...) -> the adapter's tensor.
         self._parts: dict[str, dict[str, str]] = {}
         self._values: dict[str, str] = {}
         self._tokens: dict[str, str] = {}
-        for tensor in self.checkpoint:
+        own = list(self.checkpoint if tensors is None else tensors)
+        for tensor in own:
             self._classify(tensor)
-        if not len(self.checkpoint.tensors):
+        if not own:
             raise InputError(f"{folder}: the adapter holds no tensors.")
-        _check_variant(self.config, folder / "adapter_config.json")
+        _check_variant(self.config, self._config_file)
         for weight in self._parts:
             self._check_factors(weight)
         # PEFT's trained tokens follow the base's tying unless the output embeddings have their own.
@@ -85,10 +115,12 @@ class LoraSpecialist:
             weight = canonical_name(f"{match['module']}.weight")
             self._add(self._parts.setdefault(weight, {}), match["part"] + (match["leaf"] or ""), tensor)
             if match["part"] == "lora_A":
-                self.modules[weight] = match["module"].removeprefix("base_model.model.")
+                self.modules[weight] = base_module(match["module"])
         elif match := _TOKENS.match(tensor):
             self._add(self._tokens, canonical_name(f"{match['module']}.weight"), tensor)
-        elif ".original_module." not in tensor:
+        elif ".original_module." in tensor:
+            self.left_out[ORIGINAL_MODULES] = self.left_out.get(ORIGINAL_MODULES, 0) + 1
+        else:
             self._add(self._values, canonical_name(_SAVED.sub(".", tensor)), tensor)
 
     def _add(self, found: dict[str, str], key: str, tensor: str) -> None:
@@ -122,7 +154,7 @@ class LoraSpecialist:
         stated = _from_pattern(self.config.get("rank_pattern"), self._module(weight), self.config["r"])
         if stated != a.shape[0]:
             raise InputError(
-                f"{a.file}: {parts[letters[0]]} has rank {a.shape[0]}, adapter_config.json says {stated} "
+                f"{a.file}: {parts[letters[0]]} has rank {a.shape[0]}, {self._config_file.name} says {stated} "
                 "(r and rank_pattern): one of them belongs to another adapter."
             )
 
@@ -130,7 +162,7 @@ class LoraSpecialist:
         part = next(iter(self._parts[weight].values()))
         match = _PARTS.match(part)
         assert match is not None
-        return match["module"].removeprefix("base_model.model.")
+        return peft_module(match["module"])
 
     @property
     def names(self) -> list[str]:

@@ -1,0 +1,147 @@
+"""Mol-LLaMA: graph encoders, a Q-Former and a linear projector around a Llama with LoRA, in one checkpoint.
+
+Layout of https://github.com/DongkiKim95/Mol-LLaMA: `encoder.{graph_encoder,ln_graph,blending_module,Qformer}.*` and
+`encoder.query_tokens`, `llm_proj.{weight,bias}`, and under `llm.` the PeftModel, with or without the frozen weights of
+its base. The graph encoders are public models of their own, which its package downloads; so they may be missing.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from esmerge.checkpoint import Checkpoint
+from esmerge.errors import InputError
+from esmerge.names import canonical_name
+from esmerge.sources import read_json
+from esmerge.specialists.encoder import (
+    CONFIG_FILE,
+    MODALITIES_FOLDER,
+    SpecialistEncoder,
+    find_encoder,
+    other_encoders,
+    refuse_second,
+)
+from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from esmerge.specialists.lora import LoraSpecialist
+
+MOL_LLAMA = "mol_llama"
+PLACEHOLDER = "<mol>"
+FEATURES_FILE = "features.safetensors"
+
+_LLM = "llm.base_model.model."
+_ENCODER = re.compile(r"^encoder\.(graph_encoder|ln_graph|blending_module|Qformer|query_tokens)(\.|$)")
+_NEEDED = ("ln_graph", "blending_module", "Qformer", "query_tokens")
+_PROJECTOR = ("llm_proj.weight", "llm_proj.bias")
+_SECTIONS = ("graph_encoder_config", "blending_module_config", "qformer_config")
+_LORA = re.compile(r"\.lora_|\.modules_to_save\.")
+
+
+def open_mol_llama(name: str, folder: Path, features: Path | None = None) -> LoraSpecialist:
+    """The adapter on the LLM, and the encoder.
+
+    Its own encoder runs in its own environment only. Where features that it gave are at hand, in `features` or in
+    `modalities/<name>/features.safetensors`, they and `llm_proj` are the modality, and the encoder's weights are left
+    out. Where `modalities/<name>` has settings too, it is the modality as it is.
+
+    Args:
+        features: a safetensors file of cached features.
+    """
+    checkpoint = Checkpoint.open(folder)
+    config_file = folder / CONFIG_FILE
+    config = read_json(config_file)
+    encoder: list[str] = []
+    adapter: list[str] = []
+    frozen: dict[str, str] = {}
+    left_out: dict[str, int] = other_encoders(name, folder)
+    derived = 0
+    for tensor in checkpoint:
+        if _ENCODER.match(tensor) or tensor in _PROJECTOR:
+            encoder.append(tensor)
+        elif not tensor.startswith(_LLM):
+            raise InputError(
+                f"{checkpoint.info(tensor).file}: {tensor} belongs to no part of Mol-LLaMA (encoder, llm_proj, "
+                "llm.base_model.model): save the checkpoint without it."
+            )
+        elif tensor.endswith("rotary_emb.inv_freq"):
+            derived += 1
+        elif _LORA.search(tensor) or canonical_name(tensor) in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS):
+            # Embeddings are as large as the vocabulary with the specialist's own tokens.
+            adapter.append(tensor)
+        else:
+            frozen[canonical_name(re.sub(r"\.(base_layer|original_module)\.", ".", tensor))] = tensor
+    if not any(_LORA.search(tensor) for tensor in adapter):
+        raise InputError(f"specialist {name}: {folder} has no LoRA factors under {_LLM}, which Mol-LLaMA keeps there.")
+    if frozen:
+        left_out["frozen weights of the base"] = len(frozen)
+    if derived:
+        left_out["rotary frequencies, which the config determines"] = derived
+    found, unused = _encoder(name, folder, config, checkpoint, encoder, features)
+    if unused:
+        left_out["Mol-LLaMA's own encoder, which cached features or other settings replace"] = unused
+    return LoraSpecialist(
+        name,
+        folder,
+        config=_lora_config(config, config_file),
+        config_file=config_file,
+        checkpoint=checkpoint,
+        tensors=adapter,
+        encoder=found,
+        left_out=left_out,
+        frozen=frozen,
+    )
+
+
+def _encoder(
+    name: str, folder: Path, config: dict[str, Any], checkpoint: Checkpoint, tensors: list[str], features: Path | None
+) -> tuple[SpecialistEncoder, int]:
+    """The modality, and how many of the encoder's tensors it does without."""
+    own = folder / MODALITIES_FOLDER / name
+    if features is not None:
+        refuse_second(name, folder, "features", features)
+    if (own / CONFIG_FILE).exists() or (not (own / FEATURES_FILE).exists() and features is None):
+        found = find_encoder(name, folder)
+        if found is not None:
+            return found, len(tensors)
+        return _own_encoder(folder, config, checkpoint, tensors), 0
+    _check_projector(folder, tensors)
+    cached = features or own / FEATURES_FILE
+    settings = {"kind": "cached", "placeholder": PLACEHOLDER, "features_file": cached.name, "projector": "linear"}
+    projector = {tensor.replace("llm_proj", "projector"): tensor for tensor in _PROJECTOR}
+    return SpecialistEncoder(settings, cached.parent, checkpoint, projector), len(tensors) - len(projector)
+
+
+def _own_encoder(folder: Path, config: dict[str, Any], checkpoint: Checkpoint, tensors: list[str]) -> SpecialistEncoder:
+    _check_projector(folder, tensors)
+    for part in _NEEDED:
+        if not any(tensor.split(".")[1] == part for tensor in tensors):
+            raise InputError(f"{folder} has no tensors encoder.{part}: download or save the checkpoint again.")
+    sections = {section: config[section] for section in _SECTIONS if section in config}
+    settings = {"kind": "mol_llama", "placeholder": PLACEHOLDER, **sections}
+    return SpecialistEncoder(settings, None, checkpoint, {tensor: tensor for tensor in tensors})
+
+
+def _check_projector(folder: Path, tensors: list[str]) -> None:
+    for tensor in _PROJECTOR:
+        if tensor not in tensors:
+            raise InputError(
+                f"{folder} has no tensor {tensor}, without which molecules cannot reach the LLM: "
+                "download or save the checkpoint again."
+            )
+
+
+def _lora_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Mol-LLaMA's config of its LoRA as PEFT has it."""
+    llm = config.get("llm_config")
+    lora = llm.get("lora_config") if isinstance(llm, dict) else None
+    if not isinstance(lora, dict) or not {"r", "lora_alpha"} <= lora.keys():
+        raise InputError(
+            f"{file}: llm_config.lora_config with r and lora_alpha is missing, without which the scaling of the "
+            "adapter is not known: take the config.json that was published with the weights."
+        )
+    assert isinstance(llm, dict)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": llm.get("llm_model"),
+        **{field: lora[field] for field in ("r", "lora_alpha", "lora_dropout") if field in lora},
+    }
