@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.modalities import Modality, modality_from_settings, save_modality
@@ -31,17 +32,27 @@ def modality_of(name: str, encoder: SpecialistEncoder) -> Modality:
     return modality_from_settings(encoder.settings, f"the modality {name}", encoder.folder)
 
 
+def weights_of(encoder: SpecialistEncoder) -> dict[str, Tensor]:
+    """All tensors of an encoder, by their names in it."""
+    return {key: encoder.checkpoint.read(stored) for key, stored in encoder.tensors.items()} | encoder.made
+
+
+def weights_hash(encoder: SpecialistEncoder) -> str:
+    """Tells the weights of an encoder from others."""
+    return encoder.checkpoint.content_hash()
+
+
 def write_modalities(plan: Plan, folder: Path) -> int:
-    """Write all modalities, settings, files and weights, into `modalities` of an adapter; return the tensors' number."""
+    """Write all modalities, with files and weights, into `modalities` of an adapter; return the number of tensors."""
     for name, encoder in encoders_of(plan).items():
         place = folder / _MODALITIES_FOLDER / name
         save_modality(modality_of(name, encoder), place)
-        if encoder.tensors:
+        if encoder.tensors or encoder.made:
             # No shards: an encoder is read whole, by one call.
             writer = CheckpointWriter(place, _layout(encoder), stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
             _copy(encoder, writer, "")
             writer.finish()
-    return sum(len(encoder.tensors) for encoder in encoders_of(plan).values())
+    return sum(len(encoder.tensors) + len(encoder.made) for encoder in encoders_of(plan).values())
 
 
 def encoders_layout(plan: Plan) -> Layout:
@@ -57,7 +68,7 @@ def copy_encoders(plan: Plan, writer: CheckpointWriter) -> int:
     """Copy all encoders into a multimodal checkpoint; return the number of tensors."""
     for name, encoder in encoders_of(plan).items():
         _copy(encoder, writer, f"{ENCODERS_PREFIX}{name}.")
-    return sum(len(encoder.tensors) for encoder in encoders_of(plan).values())
+    return sum(len(encoder.tensors) + len(encoder.made) for encoder in encoders_of(plan).values())
 
 
 def write_mllm_files(plan: Plan, folder: Path) -> None:
@@ -76,7 +87,8 @@ def write_mllm_files(plan: Plan, folder: Path) -> None:
 
 def _layout(encoder: SpecialistEncoder) -> Layout:
     infos = {key: encoder.checkpoint.info(stored) for key, stored in encoder.tensors.items()}
-    return {key: (info.dtype, info.shape) for key, info in infos.items()}
+    made = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in encoder.made.items()}
+    return {key: (info.dtype, info.shape) for key, info in infos.items()} | made
 
 
 def _copy(encoder: SpecialistEncoder, writer: CheckpointWriter, prefix: str) -> None:
@@ -88,3 +100,6 @@ def _copy(encoder: SpecialistEncoder, writer: CheckpointWriter, prefix: str) -> 
         for start, stop in row_blocks(shape) if shape else [(0, 1)]:
             writer.write_rows(name, start, encoder.checkpoint.read_range(stored, start, stop))
         writer.complete(name)
+    for key, tensor in encoder.made.items():
+        if prefix + key in writer.pending:
+            writer.write(prefix + key, tensor)

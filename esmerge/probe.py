@@ -294,8 +294,8 @@ def text_probe(
             tokens = torch.cat(list(islice(items, len(ids)))).to(inputs_embeds)
             if len(tokens) != int(masks[name].sum()):
                 raise InputError(
-                    f"the prompt has {int(masks[name].sum())} positions for {name}, its encoder makes {len(tokens)} soft "
-                    "tokens: its placeholder must be one token of the tokenizer."
+                    f"the prompt has {int(masks[name].sum())} positions for {name}, its encoder makes {len(tokens)} "
+                    "soft tokens: its placeholder must be one token of the tokenizer."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(masks[name].unsqueeze(-1).to(tokens.device), tokens)
         batches += batched(inputs_embeds, attention, masks, batch_size, "probe inputs made from probe.data").batches

@@ -1,16 +1,28 @@
 """From a plan to embedding signals: builds the probe and sends it through base and specialists."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from esmerge.backbone import Backbone
 from esmerge.deltas import Delta, LoraDelta
+from esmerge.encoders import encoders_of, modality_of, weights_hash, weights_of
 from esmerge.errors import InputError
+from esmerge.modalities import TextModality, encode_items, load_encoder
+from esmerge.modalities.modality import add_placeholders
 from esmerge.names import inner_name, natural_order
 from esmerge.plan import Plan, Target
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
+from esmerge.specialists import SpecialistEncoder
+
+# Items that an encoder takes at a time.
+ENCODER_BATCH_SIZE = 8
 
 
 def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSignals:
@@ -22,7 +34,7 @@ def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSi
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
-        make_probe(plan, backbone),
+        make_probe(plan, backbone, progress),
         SignalSettings(
             scores=None if settings.granularity == "layer" else recipe.space,
             projections=settings.projections,
@@ -58,8 +70,8 @@ def _probed(plan: Plan, index: int, backbone: Backbone) -> ProbedSpecialist:
     return ProbedSpecialist(specialist.name, layer_deltas, norm_deltas)
 
 
-def make_probe(plan: Plan, backbone: Backbone) -> Probe:
-    """The recipe's probe, from ready tensors or from text."""
+def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
+    """The recipe's probe, from ready tensors or from items."""
     recipe, names = plan.recipe.probe, list(plan.recipe.specialists)
     assert recipe is not None
     if recipe.tensors is not None:
@@ -75,22 +87,39 @@ def make_probe(plan: Plan, backbone: Backbone) -> Probe:
         tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
-    modalities = {name: modality_of(name, encoder) for name, encoder in encoders_of(plan).items()}
+    encoders = encoders_of(plan)
+    modalities = {name: modality_of(name, encoder) for name, encoder in encoders.items()}
     add_placeholders(tokenizer, modalities)
     soft_tokens = {}
     for name, modality in modalities.items():
         if isinstance(modality, TextModality):
             items[name] = [modality.render(item) for item in items[name]]
         else:
-            soft_tokens[name] = _soft_tokens(plan, name, modality, items[name], backbone)
+            soft_tokens[name] = _soft_tokens(encoders[name], name, items[name], backbone, progress)
             items[name] = [modality.placeholder * len(tokens) for tokens in soft_tokens[name]]
     return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template, soft_tokens)
 
 
-def _soft_tokens(plan: Plan, name: str, modality: Modality, items: Sequence[str], backbone: Backbone) -> list[Tensor]:
+def _soft_tokens(
+    encoder: SpecialistEncoder, name: str, items: Sequence[str], backbone: Backbone, progress: bool
+) -> list[Tensor]:
     """The soft tokens [n, H] of a modality's items, from its own specialist's encoder."""
-    encoder = encoders_of(plan)[name]
-    weights = {key: encoder.checkpoint.read(stored) for key, stored in encoder.tensors.items()}
-    module = build_encoder(modality, weights, backbone.hidden_size, str(plan.specialist(name).folder))
-    module = module.to(backbone.device, backbone.dtype)
-    return encode_items(modality, module, items, cache=encoder_cache(), weights_hash=encoder.checkpoint.content_hash())
+    modality = modality_of(name, encoder)
+    return encode_items(
+        modality,
+        load_encoder(modality, weights_of(encoder), backbone.hidden_size, source=f"the encoder of {name}"),
+        items,
+        ENCODER_BATCH_SIZE,
+        encoder_cache(),
+        weights_hash(encoder),
+        backbone.device,
+        backbone.dtype,
+        progress,
+    )
+
+
+def encoder_cache() -> Path:
+    """Where soft tokens are kept: `$ESMERGE_ENCODER_CACHE`, or `esmerge/soft_tokens` under the XDG cache."""
+    if chosen := os.environ.get("ESMERGE_ENCODER_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esmerge" / "soft_tokens"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from esmerge.errors import InputError
@@ -68,7 +68,7 @@ def _load_adapter(
 
 def load_encoders(folder: Path, modalities: Mapping[str, Modality], llm: PreTrainedModel) -> dict[str, nn.Module]:
     """The encoders in a folder's `modalities`, with dtype and device of the LLM's embeddings."""
-    embeddings = llm.get_input_embeddings().weight
+    embeddings: Tensor = llm.get_input_embeddings().weight
     return {
         name: load_encoder(modality, folder / MODALITIES_FOLDER / name, llm.config.get_text_config().hidden_size).to(
             embeddings.device, embeddings.dtype

@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from esmerge.errors import InputError
 from esmerge.modalities import Features, Modality, TextModality, open_modality, save_modality
-from esmerge.modalities.modality import feature_name
+from esmerge.modalities.modality import add_placeholders, feature_name
 
 MODALITIES_FOLDER = "modalities"
 Items = Sequence[str] | Sequence[Sequence[str]]
@@ -211,17 +211,6 @@ def open_modalities(folder: Path) -> dict[str, Modality]:
     """The modalities that a model's folder has."""
     settings = sorted((folder / MODALITIES_FOLDER).glob("*/config.json"))
     return {file.parent.name: open_modality(file.parent) for file in settings}
-
-
-def add_placeholders(tokenizer: Any, modalities: Mapping[str, Modality]) -> None:
-    """Make every placeholder of a modality with an encoder one token, new ones after all that there are."""
-    from transformers import AddedToken
-
-    known = tokenizer.get_vocab()
-    wanted = [m.placeholder for m in modalities.values() if not isinstance(m, TextModality)]
-    new = [AddedToken(p, special=True, normalized=False) for p in wanted if p not in known]
-    if new:
-        tokenizer.add_tokens(new, special_tokens=True)
 
 
 def placeholder_ids(tokenizer: Any, modalities: Mapping[str, Modality]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -22,11 +22,14 @@ class Modality(BaseModel, ABC):
         kind: by which a modality's settings name its class.
         placeholder: stands for an item in a prompt; a prompt has one for each item, and each becomes as many
             positions as the item has soft tokens.
+        empty_build: whether `build` works where parameters have no memory (accelerate's `init_empty_weights`), which
+            saves initialising those that are loaded anyway.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     kind: ClassVar[str]
+    empty_build: ClassVar[bool] = False
     placeholder: str = Field(min_length=1)
 
     _folder: Path = PrivateAttr(default_factory=Path)
@@ -104,6 +107,15 @@ class TextModality(Modality):
         raise TypeError("a text modality has no encoder")
 
 
+def shorten(item: str, length: int = 40) -> str:
+    """An item, quoted and cut off, for messages.
+
+    >>> shorten("M" * 50, 8)
+    "'MMMMMMMM...' (50 characters)"
+    """
+    return repr(item) if len(item) <= length else f"{item[:length] + '...'!r} ({len(item)} characters)"
+
+
 def feature_name(modality: str, name: str) -> str:
     """What a feature of a modality is called among the inputs of a model: `protein_input_ids`."""
     return f"{modality}_{name}"
@@ -122,3 +134,14 @@ def split_features(modalities: Sequence[str], inputs: Mapping[str, object]) -> d
         if owner is not None and value is not None:
             found.setdefault(owner, {})[key.removeprefix(f"{owner}_")] = value  # type: ignore[assignment]
     return found
+
+
+def add_placeholders(tokenizer: Any, modalities: Mapping[str, Modality]) -> None:
+    """Make every placeholder of a modality with an encoder one token, new ones after all that there are."""
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    wanted = [m.placeholder for m in modalities.values() if not isinstance(m, TextModality)]
+    new = [AddedToken(p, special=True, normalized=False) for p in wanted if p not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)

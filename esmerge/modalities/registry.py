@@ -1,16 +1,21 @@
 """Which kinds of modalities there are, and how one is kept in a folder."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
 
+from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
-from esmerge.modalities.modality import Modality
+from esmerge.modalities.modality import Encoder, Modality
 from esmerge.sources import read_json
 
 SETTINGS_FILE = "config.json"
@@ -68,7 +73,8 @@ def modality_from_settings(settings: Mapping[str, Any], source: str, folder: Pat
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{source}: {field}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source}: {field}: {reason[0].lower()}{reason[1:]}.") from error
     modality._folder = folder or Path()
     return modality
 
@@ -92,4 +98,73 @@ def save_modality(modality: Modality, folder: Path) -> None:
     for name in modality.files:
         source, target = modality.folder / name, folder / name
         if source.resolve() != target.resolve():
-            target.write_bytes(source.read_bytes())
+            shutil.copyfile(source, target)
+
+
+def save_encoder(modality: Modality, encoder: Encoder, folder: Path) -> None:
+    """Write a modality's settings and files and the encoder's weights into a folder, for `load_encoder`."""
+    save_modality(modality, folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_encoder(
+    modality: Modality,
+    weights: Path | Mapping[str, Tensor],
+    hidden_size: int,
+    dtype: torch.dtype | None = None,
+    source: str = "the encoder",
+) -> Encoder:
+    """A modality's encoder for an LLM, with its weights, in evaluation mode and on the CPU.
+
+    Args:
+        weights: the folder with model.safetensors (whole or in shards), or the tensors by name, which the encoder
+            then uses as they are.
+        hidden_size: of the LLM.
+        dtype: of the encoder; None for the weights' own.
+        source: where the tensors are from if they are given by name, for messages.
+
+    Raises:
+        InputError: if a tensor is missing, not expected or of another shape, as that of the projector of another LLM.
+    """
+    if modality.empty_build:
+        from accelerate import init_empty_weights
+
+        # Buffers are made for real: no checkpoint need hold them.
+        with init_empty_weights(include_buffers=False):
+            encoder = modality.build(hidden_size)
+    else:
+        encoder = modality.build(hidden_size)
+    if isinstance(weights, Path):
+        source = str(weights)
+        weights = _read_weights(weights) if encoder.state_dict() or (weights / WEIGHTS_FILE).exists() else {}
+    expected = encoder.state_dict()
+    for name in sorted(weights.keys() & expected.keys()):
+        found, needed = list(weights[name].shape), list(expected[name].shape)
+        if found != needed:
+            raise InputError(
+                f"{source}: tensor {name} has shape {found}, expected {needed} for this {modality.kind} encoder's "
+                f"settings and an LLM of hidden size {hidden_size}; use the encoder trained with that LLM."
+            )
+    # Assigned, not copied: the parameters may have no memory. What hooks took in or made up is accounted for.
+    missing, unexpected = encoder.load_state_dict(dict(weights), strict=False, assign=True)
+    if missing or unexpected:
+        faults = [("lacks", missing), ("has unexpected", unexpected)]
+        told = " and ".join(f"{verb} {_listed(names)}" for verb, names in faults if names)
+        raise InputError(
+            f"{source} {told} for the settings of this {modality.kind} encoder: save the encoder again or correct "
+            f"its {SETTINGS_FILE}."
+        )
+    return encoder.to(dtype).eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give the one that holds the encoder's {WEIGHTS_FILE}.")
+    with Checkpoint.open(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint}
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

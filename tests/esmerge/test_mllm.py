@@ -25,7 +25,7 @@ ESM = EsmConfig(
     pad_token_id=1,
 )
 SETTINGS = {
-    "molecule": {"kind": "fingerprint", "placeholder": "<mol>", "bits": 64, "tokens": 3},
+    "molecule": {"kind": "fingerprint", "placeholder": "<mol>", "n_bits": 64, "tokens": 3},
     "protein": {
         "kind": "esm",
         "placeholder": "<protein>",

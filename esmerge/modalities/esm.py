@@ -1,0 +1,184 @@
+"""Proteins by ESM-2 and a projector, laid out as in Prot2Text-V2 (Fei et al., arXiv 2505.11194; its public code)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from esmerge.errors import InputError
+from esmerge.modalities.modality import Encoder, Features, Modality, shorten
+
+# ESM-2's tokens in the order of their ids, the same for all its sizes.
+ALPHABET = (
+    *("<cls>", "<pad>", "<eos>", "<unk>"),
+    *"LAGVSERTIDPKQNFYMHWCXBUZO",
+    *(".", "-", "<null_1>", "<mask>"),
+)
+_IDS = {token: number for number, token in enumerate(ALPHABET)}
+_RESIDUES = {token: number for token, number in _IDS.items() if token.isalpha()}
+# What an EsmConfig must say to agree with the alphabet.
+_SPECIAL = {"pad_token_id": _IDS["<pad>"], "mask_token_id": _IDS["<mask>"]}
+_FREQUENCIES = "rotary_embeddings.inv_freq"
+
+
+class EsmModality(Modality):
+    """Amino acid sequences; every residue, and the begin and end that ESM adds, becomes a soft token.
+
+    Attributes:
+        encoder: the EsmConfig, as in the config.json of an ESM-2 checkpoint.
+        intermediate_size: of the projector.
+        dropout: of the projector, in training.
+        max_residues: longer sequences are cut off after that many residues.
+    """
+
+    kind: ClassVar[str] = "esm"
+    empty_build: ClassVar[bool] = True
+    encoder: dict[str, Any]
+    intermediate_size: int = Field(default=2048, gt=0)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
+    max_residues: int = Field(default=1022, gt=0)
+
+    @field_validator("encoder")
+    @classmethod
+    def _fits_alphabet(cls, encoder: dict[str, Any]) -> dict[str, Any]:
+        if encoder.get("model_type", "esm") != "esm":
+            raise ValueError(f"model_type is {encoder['model_type']!r}; expected the config of an ESM-2 model")
+        for name, expected in _SPECIAL.items():
+            if encoder.get(name) != expected:
+                raise ValueError(f"{name} is {encoder.get(name)!r}, expected {expected} as in ESM-2's config.json")
+        size = encoder.get("vocab_size")
+        if not isinstance(size, int) or size < len(ALPHABET):
+            raise ValueError(f"vocab_size is {size!r}, expected {len(ALPHABET)} as in ESM-2's config.json")
+        return encoder
+
+    def features(self, item: str) -> Features:
+        """Token ids with begin and end, and a mask of ones; each [n], int64."""
+        residues = item.strip().upper()
+        if not residues:
+            raise InputError("a protein sequence is empty; give its amino acids as letters.")
+        for position, letter in enumerate(residues, start=1):
+            if letter not in _RESIDUES:
+                raise InputError(
+                    f"the protein {shorten(item)} has {letter!r} at position {position}, which is no amino acid code; "
+                    f"use the letters {''.join(sorted(_RESIDUES))}."
+                )
+        ids = [_RESIDUES[letter] for letter in residues[: self.max_residues]]
+        tokens = torch.tensor([_IDS["<cls>"], *ids, _IDS["<eos>"]])
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def soft_tokens(self, features: Features) -> int:
+        return len(features["input_ids"])
+
+    def collate(self, features: Sequence[Features]) -> Features:
+        batch = super().collate(features)
+        # ESM counts positions and masked tokens by ids, and 0 is <cls>.
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IDS["<pad>"])
+        return batch
+
+    def build(self, hidden_size: int) -> "EsmEncoder":
+        return EsmEncoder(self, hidden_size)
+
+
+class EsmProjector(nn.Module):
+    """Prot2Text-V2's `ModalityAdapter`: two layers, then vectors of length one.
+
+    The norms `ln1` and `ln2` are in its checkpoints but not in its computation.
+    """
+
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(input_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, output_size)
+        self.ln1 = nn.LayerNorm(intermediate_size)
+        self.ln2 = nn.LayerNorm(output_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """From [..., input] to [..., output]."""
+        states = self.dropout(nn.functional.gelu(self.fc1(states)))
+        states = self.dropout(nn.functional.gelu(self.fc2(states)))
+        return nn.functional.normalize(states, dim=-1)
+
+
+class EsmEncoder(Encoder):
+    """`encoder` (transformers' EsmModel without a pooler) and `projector`.
+
+    Checkpoints of older versions of transformers are taken as they are: position embeddings that rotary models never
+    use are left out, and rotary frequencies are taken over where they differ from the computed ones (in half
+    precision, they do). Frequencies that do not differ are neither needed nor saved.
+    """
+
+    def __init__(self, settings: EsmModality, hidden_size: int) -> None:
+        from transformers import EsmConfig, EsmModel
+
+        super().__init__()
+        try:
+            config = EsmConfig.from_dict(settings.encoder)
+            self.encoder = EsmModel(config, add_pooling_layer=False)
+        # transformers raises errors of several libraries for settings that are not valid.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"esm: transformers cannot build an ESM model from the setting encoder: {reason}"
+            ) from error
+        if getattr(config, "position_embedding_type", "absolute") != "rotary":
+            # Positions count from the padding's id on.
+            room = config.max_position_embeddings - _IDS["<pad>"] - 3
+            if settings.max_residues > room:
+                raise InputError(
+                    f"esm: max_residues is {settings.max_residues}, but the encoder's position embeddings are enough "
+                    f"for {room} residues only: lower it."
+                )
+        self.projector = EsmProjector(config.hidden_size, settings.intermediate_size, hidden_size, settings.dropout)
+        self._set_frequencies(None)
+        self.register_load_state_dict_pre_hook(_take_old_names)
+
+    def forward(self, **features: Tensor) -> Tensor:
+        """From `input_ids` and `attention_mask`, each [items, n], to the soft tokens, [sum of n_i, hidden]."""
+        mask = features["attention_mask"]
+        states = self.encoder(input_ids=features["input_ids"], attention_mask=mask).last_hidden_state
+        return self.projector(states[mask.bool()])
+
+    def _rotary(self) -> list[tuple[str, nn.Module]]:
+        modules = self.encoder.named_modules(prefix="encoder")
+        return [(name, module) for name, module in modules if "inv_freq" in dict(module.named_buffers(recurse=False))]
+
+    def _set_frequencies(self, values: Tensor | None) -> None:
+        """Take rotary frequencies from a checkpoint, or (None) the computed ones, which need not be saved."""
+        for _, module in self._rotary():
+            buffer = module.get_buffer("inv_freq") if values is None else values.float()
+            module.register_buffer("inv_freq", buffer, persistent=values is not None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Angles are frequencies times positions: frequencies rounded to half precision are wrong after a few residues.
+        kept = {name: module.get_buffer("inv_freq") for name, module in self._rotary()}
+        super()._apply(fn, recurse)
+        for name, module in self._rotary():
+            if not kept[name].is_meta:
+                module.inv_freq = kept[name].to(module.get_buffer("inv_freq").device)
+        return self
+
+
+def _take_old_names(encoder: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Bring the tensors of an older EsmModel to today's names, before they are loaded."""
+    assert isinstance(encoder, EsmEncoder)
+    rotary = encoder._rotary()
+    unused = f"{prefix}encoder.embeddings.position_embeddings.weight"
+    if rotary and unused.removeprefix(prefix) not in encoder.state_dict():
+        weights.pop(unused, None)
+    # One for each layer (transformers 4), one for all (5), or one named after no layer at all (written by some 5.x).
+    stored = [name for name in weights if name.startswith(f"{prefix}encoder.") and name.endswith(_FREQUENCIES)]
+    frequencies = [weights.pop(name) for name in stored]
+    if not rotary or not frequencies:
+        return
+    computed = rotary[0][1].get_buffer("inv_freq")
+    if frequencies[0].shape != computed.shape:
+        raise InputError(
+            f"the encoder's tensor {stored[0].removeprefix(prefix)} has shape {list(frequencies[0].shape)}, expected "
+            f"{list(computed.shape)}: num_attention_heads or hidden_size of the setting encoder is wrong."
+        )
+    if not torch.equal(frequencies[0].float(), computed):
+        encoder._set_frequencies(frequencies[0])
+        weights |= {f"{prefix}{name}.inv_freq": frequencies[0].float() for name, _ in rotary}
