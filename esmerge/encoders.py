@@ -1,16 +1,19 @@
 """The specialists' encoders in a result: copied as they are, streamed, with their settings beside them."""
 
+import json
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.modalities import Modality, modality_from_settings, save_modality
-from esmerge.modalities.registry import WEIGHTS_FILE
+from esmerge.modalities.registry import WEIGHTS_FILE, modality_settings
 from esmerge.plan import Plan
 from esmerge.results import write_json
 from esmerge.scores import row_blocks
+from esmerge.sources import content_hash
 from esmerge.specialists import SpecialistEncoder
 
 # Where a multimodal checkpoint has its parts.
@@ -40,6 +43,14 @@ def weights_of(encoder: SpecialistEncoder) -> dict[str, Tensor]:
 def weights_hash(encoder: SpecialistEncoder) -> str:
     """Tells the weights of an encoder from others."""
     return encoder.checkpoint.content_hash()
+
+
+def encoder_hash(name: str, encoder: SpecialistEncoder) -> str:
+    """`xxh3:<hex>` of all that an encoder consists of: settings, weights, and the modality's own files."""
+    modality = modality_of(name, encoder)
+    files = [content_hash(modality.folder / file) for file in modality.files]
+    content = json.dumps([modality_settings(modality), weights_hash(encoder), files], sort_keys=True)
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(content.encode())}"
 
 
 def write_modalities(plan: Plan, folder: Path) -> int:

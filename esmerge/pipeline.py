@@ -15,6 +15,7 @@ from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import layer_coefficients
 from esmerge.comparison import DeltaComparison, DeltaObserver
 from esmerge.distances import random_directions
+from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
@@ -230,7 +231,10 @@ def _probe_files(plan: Plan) -> list[str]:
 
 def _fingerprint(plan: Plan) -> str:
     """What tells one merge from another without reading the inputs: the recipe, and names, sizes and times of files."""
-    files = [file for source in [plan.base, *plan.sources] for file in sorted(source.folder.glob("*"))]
+    folders = [plan.base.folder, *(source.folder for source in plan.sources)]
+    folders += [encoder.folder for encoder in encoders_of(plan).values() if encoder.folder is not None]
+    files = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    files += [file for encoder in encoders_of(plan).values() for file in sorted(encoder.checkpoint.files)]
     files += [plan.path(reference) for reference in _probe_files(plan)]
     stats = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
     return "\n".join([plan.recipe.model_dump_json(by_alias=True), *stats, *map(str, results.versions().items())])
@@ -245,6 +249,8 @@ def _inputs(plan: Plan, opened: Plan) -> dict[str, Any]:
 
     pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, opened.specialists, strict=True)]
     specialists = dict(zip(plan.recipe.specialists, pins, strict=True))
+    for name, encoder in encoders_of(opened).items():
+        specialists[name]["encoder"] = encoder_hash(name, encoder)
     _warn_of_twins(specialists)
     inputs: dict[str, Any] = {"base": pinned(plan.base, opened.checkpoint), "specialists": specialists}
     for reference in _probe_files(plan):

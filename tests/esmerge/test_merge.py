@@ -302,7 +302,7 @@ class TestRecord:
         assert len(set(hashes)) == 7
         assert all(value.startswith("xxh3:") for value in hashes)
         assert record["versions"].keys() >= {"esmerge", "python", "torch", "transformers"}
-        assert record["tensors"] == {"merged": 7 * 3, "copied": 0, "own rows": 0}
+        assert record["tensors"] == {"merged": 7 * 3, "copied": 0, "own rows": 0, "encoders": 0}
         resolved = record["recipe"]
         assert resolved["seed"] == 42
         assert resolved["space"] == "weights"
