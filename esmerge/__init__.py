@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esmerge.errors import InputError
+    from esmerge.mllm.loading import load_model
     from esmerge.pipeline import merge
     from esmerge.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Recipe", "__version__", "load_recipe", "merge"]
+__all__ = ["InputError", "Recipe", "__version__", "load_model", "load_recipe", "merge"]
 
 _HOME = {
     "InputError": "esmerge.errors",
     "Recipe": "esmerge.recipe",
+    "load_model": "esmerge.mllm.loading",
     "load_recipe": "esmerge.recipe",
     "merge": "esmerge.pipeline",
 }
