@@ -333,7 +333,7 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: one sentence that names the field and what was expected.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"the recipe {file} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -345,6 +345,19 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(content, override)
     return parse_recipe(content, file.parent, str(file))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which YAML's own loader would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and isinstance(key_node, yaml.ScalarNode) and key != "<<":
+                raise yaml.MarkedYAMLError(problem=f"{key} stands there twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:

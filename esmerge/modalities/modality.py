@@ -9,6 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor, nn
 
+from esmerge.errors import InputError
+
 Features = dict[str, Tensor]
 
 
@@ -91,7 +93,13 @@ class TextModality(Modality):
     template: str = "{item}"
 
     def render(self, item: str) -> str:
-        """The text that takes the placeholder's place."""
+        """The text that takes the placeholder's place.
+
+        Raises:
+            InputError: if the item is empty.
+        """
+        if not item.strip():
+            raise InputError(f"an item for {self.placeholder} is empty: fill it in or leave it out.")
         return self.template.replace("{item}", item)
 
     def features(self, item: str) -> Features:

@@ -797,6 +797,15 @@ def test_recipe_that_is_none(esmerge, tmp_path, content):
     assert err.count("\n") == 1
 
 
+def test_two_specialists_of_one_modality(inputs, esmerge, tmp_path):
+    recipe = inputs.save_recipe()
+    recipe.write_text(recipe.read_text().replace("specialists:\n", "specialists:\n  molecule: {model: protein}\n"))
+    code, _, err = esmerge("merge", recipe, "-o", tmp_path / "merged")
+    assert code == 2
+    assert "molecule stands there twice" in err
+    assert "line" in err
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
 def test_output_that_exists(inputs, esmerge, tmp_path, kind):
     output = tmp_path / "merged"

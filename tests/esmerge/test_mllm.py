@@ -224,6 +224,7 @@ def test_gradients_reach_encoders_and_adapters(parts):
         ("a", {"rna": ["ACGU"]}, "'rna'"),
         ("a <mol>", {"molecule": ["C1CC"]}, "C1CC"),
         ("a <protein>", {"protein": ["MK7T"]}, "MK7T"),
+        ("a <cell>", {"cell": [" "]}, "an item for <cell> is empty"),
         ("<cell> <mol>", {"cell": ["<mol>"], "molecule": ["C"]}, "has the placeholder <mol>"),
     ],
 )
