@@ -8,7 +8,7 @@ import xxhash
 from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
-from esmerge.modalities import Modality, modality_from_settings, save_modality
+from esmerge.modalities import Modality, TextModality, modality_from_settings, save_modality
 from esmerge.modalities.registry import WEIGHTS_FILE, modality_settings
 from esmerge.plan import Plan
 from esmerge.results import write_json
@@ -28,6 +28,11 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 def encoders_of(plan: Plan) -> dict[str, SpecialistEncoder]:
     """The encoders that the specialists of a plan bring, by modality; text modalities with settings among them."""
     return {s.name: s.encoder for s in plan.specialists if s.encoder is not None}
+
+
+def is_multimodal(plan: Plan) -> bool:
+    """Whether anything but text goes into the merged model, so that it is more than an LLM."""
+    return any(encoder.settings["kind"] != TextModality.kind for encoder in encoders_of(plan).values())
 
 
 def modality_of(name: str, encoder: SpecialistEncoder) -> Modality:

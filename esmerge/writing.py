@@ -19,7 +19,7 @@ from esmerge.encoders import (
     LLM_PREFIX,
     copy_encoders,
     encoders_layout,
-    encoders_of,
+    is_multimodal,
     write_mllm_files,
     write_modalities,
 )
@@ -180,7 +180,7 @@ class FullOutput(Output):
         self.targets = plan.targets
         self._dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
         # Around the LLM of a multimodal model there is one more module.
-        self._prefix = LLM_PREFIX if encoders_of(plan) else ""
+        self._prefix = LLM_PREFIX if is_multimodal(plan) else ""
         layout = {
             self.key(target): (
                 self._dtype if self._dtype and target.dtype.is_floating_point else target.dtype,
@@ -241,8 +241,10 @@ class FullOutput(Output):
             changes["tie_word_embeddings"] = False
         results.copy_model_files(plan.base.folder, self.folder, changes)
         write_tokenizer(plan.base.folder, self.folder, plan.vocabulary)
-        if encoders_of(plan):
+        if is_multimodal(plan):
             write_mllm_files(plan, self.folder)
+        else:
+            write_modalities(plan, self.folder)
         merged = len(plan.merged)
         own_rows = sum(len(_owners(plan, target)) for target in plan.merged)
         return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows, "encoders": encoders}

@@ -105,7 +105,14 @@ def _encoder(
         return _own_encoder(folder, config, checkpoint, tensors), 0
     _check_projector(folder, tensors)
     cached = features or own / FEATURES_FILE
-    settings = {"kind": "cached", "placeholder": PLACEHOLDER, "features_file": cached.name, "projector": "linear"}
+    width = checkpoint.info("llm_proj.weight").shape[1]
+    settings = {
+        "kind": "cached",
+        "placeholder": PLACEHOLDER,
+        "width": width,
+        "features_file": cached.name,
+        "projector": "linear",
+    }
     projector = {tensor.replace("llm_proj", "projector"): tensor for tensor in _PROJECTOR}
     return SpecialistEncoder(settings, cached.parent, checkpoint, projector), len(tensors) - len(projector)
 

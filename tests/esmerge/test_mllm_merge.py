@@ -193,3 +193,23 @@ def test_soft_tokens_are_kept_for_the_next_merge(specialists, merge, recipe, tmp
     assert [file.stat().st_mtime_ns for file in kept] == times
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize("output", ["adapter", "full"])
+def test_text_modalities_alone_leave_a_plain_folder(specialists, merge, recipe, tmp_path, output):
+    for name in ("molecule", "protein"):
+        shutil.copytree(specialists / "cell", tmp_path / name)
+        (tmp_path / name / "modalities" / "cell").rename(tmp_path / name / "modalities" / name)
+        settings = {"kind": "text", "placeholder": f"<{name}>"}
+        (tmp_path / name / "modalities" / name / "config.json").write_text(json.dumps(settings))
+        recipe["specialists"][name] = {"model": str(tmp_path / name)}
+    recipe |= {"coefficients": "uniform", "output": {"format": output}}
+    run_merge(parse_recipe(recipe, specialists), tmp_path / "merged", progress=False)
+    if output == "adapter":
+        base = AutoModelForCausalLM.from_pretrained(specialists / "base")
+        PeftModel.from_pretrained(base, tmp_path / "merged")
+    else:
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")).__name__ == "LlamaForCausalLM"
+    _, processor = load_model(tmp_path / "merged", specialists / "base" if output == "adapter" else None)
+    inputs = processor(text="<protein>!", protein=["MKT"])
+    assert processor.tokenizer.decode(inputs["input_ids"][0]) == "MKT!"

@@ -505,7 +505,7 @@ class TestMolLlama:
         specialist = open_specialist("molecule", folder, features=place / "features.safetensors" if given else None)
         encoder = specialist.encoder
         settings = {"kind": "cached", "placeholder": "<mol>", "features_file": "features.safetensors"}
-        assert encoder.settings == settings | {"projector": "linear"} and encoder.folder == place
+        assert encoder.settings == settings | {"projector": "linear", "width": QFORMER} and encoder.folder == place
         assert encoder.tensors == {"projector.weight": "llm_proj.weight", "projector.bias": "llm_proj.bias"}
         (count,) = specialist.left_out.values()
         assert count == len(mol_encoder()) - 2
@@ -617,9 +617,11 @@ class TestMerge:
         whole = merge(recipe({name: built / kind for name, kind in kinds.items()}), "whole")
         alone = merge(recipe({name: built / f"{kind}-llm" for name, kind in kinds.items()}), "alone")
         found, expected = (load_file(folder / "model.safetensors") for folder in (whole, alone))
-        assert found.keys() == expected.keys()
+        llm = {name: value for name, value in found.items() if name.startswith("language_model.")}
+        assert llm.keys() == {f"language_model.{name}" for name in expected}
+        assert {name.split(".")[1] for name in found.keys() - llm.keys()} == {"molecule", "protein"}
         for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+            assert torch.equal(found[f"language_model.{name}"], value), name
         record = yaml.safe_load((whole / "esmerge.yaml").read_text())
         assert list(record["left_out"]) == ["protein"] and sum(record["left_out"]["protein"].values()) == 3
         assert "left_out" not in yaml.safe_load((alone / "esmerge.yaml").read_text())
@@ -651,8 +653,9 @@ class TestMerge:
         rows = len(load_file(llama / "base/model.safetensors")["lm_head.weight"])
         found, own = load_file(folder / "model.safetensors"), load_file(built / "mol_llama-full/model.safetensors")
         for name, stored in {"model.embed_tokens.weight": "model.embed_tokens", "lm_head.weight": "lm_head"}.items():
-            assert len(found[name]) == rows + 2
-            assert torch.equal(found[name][rows:], own[f"llm.base_model.model.{stored}.weight"][rows:])
+            merged = found[f"language_model.{name}"]
+            assert len(merged) == rows + 2
+            assert torch.equal(merged[rows:], own[f"llm.base_model.model.{stored}.weight"][rows:])
         assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["[PAD]", "<mol>"]) == [rows, rows + 1]
 
     def test_fields_of_the_recipe(self, built, llama, tmp_path):
