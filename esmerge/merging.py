@@ -142,7 +142,7 @@ class TensorStream:
     """A tensor of the base and what the specialists add to it, in blocks of rows, as often as needed.
 
     Args:
-        checkpoint, stored: where the base's values are.
+        checkpoint, stored: where the base's values are; None for no base.
         shape: of the base's tensor.
         deltas: None for a specialist that leaves it as it is.
         device: on which blocks are handed out.
@@ -152,7 +152,7 @@ class TensorStream:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | None,
         stored: str,
         shape: tuple[int, ...],
         deltas: Sequence[Delta | None],
@@ -178,7 +178,9 @@ class TensorStream:
         return row_blocks(self.shape) if self.shape else iter([(0, 1)])
 
     def base(self, start: int, stop: int) -> Tensor:
-        """Rows of the base, float32."""
+        """Rows of the base, float32; zeros without one."""
+        if self._checkpoint is None:
+            return torch.zeros((stop - start, *self.shape[1:]), device=self.device)
         return self._checkpoint.read_range(self._stored, start, stop).to(self.device, torch.float32)
 
     def block(self, start: int, stop: int, base: Tensor | None = None) -> list[Tensor]:
@@ -416,17 +418,9 @@ class _FactorStream(TensorStream):
     """Factors that are in memory, as a stream; methods that need the base have none here."""
 
     def __init__(self, factors: Sequence[Tensor], device: torch.device) -> None:
-        self.several = False
-        self._changing = set(range(len(factors)))
-        self.shape = tuple(factors[0].shape)
-        self.deltas = [None] * len(factors)
-        self.device = device
-        self.count = factors[0].numel()
+        super().__init__(None, "", tuple(factors[0].shape), [None] * len(factors), device)
         self._factors = factors
         self._keep = False
-
-    def base(self, start: int, stop: int) -> Tensor:
-        return torch.zeros((stop - start, *self.shape[1:]), device=self.device)
 
     def block(self, start: int, stop: int, base: Tensor | None = None) -> list[Tensor]:
         return [factor[start:stop].clone() for factor in self._factors]
