@@ -157,7 +157,8 @@ class EsmEncoder(Encoder):
         super()._apply(fn, recurse)
         for name, module in self._rotary():
             if not kept[name].is_meta:
-                module.inv_freq = kept[name].to(module.get_buffer("inv_freq").device)
+                # Put where it is: setting the attribute would make it a buffer that is saved.
+                module._buffers["inv_freq"] = kept[name].to(module.get_buffer("inv_freq").device)
         return self
 
 
