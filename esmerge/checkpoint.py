@@ -190,7 +190,6 @@ class Checkpoint:
             self.tensors |= infos
             self.metadata |= metadata
             self._streams[file] = file.open("rb", buffering=0)
-            self._hashes |= {name: _ReadHash() for name in infos}
 
     @classmethod
     def open(cls, folder: Path, stem: str = "model") -> "Checkpoint":
@@ -219,7 +218,7 @@ class Checkpoint:
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._fill(tensor, info, info.offset)
-        self._hashes[name].update(0, tensor)
+        self._hash(name).update(0, tensor)
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -230,7 +229,7 @@ class Checkpoint:
         tensor = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
         begin = start * (info.nbytes // max(1, info.shape[0]))
         self._fill(tensor, info, info.offset + begin)
-        self._hashes[name].update(begin, tensor)
+        self._hash(name).update(begin, tensor)
         return tensor
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -257,16 +256,21 @@ class Checkpoint:
             end = inside[0][0] if inside else file.stat().st_size
             digest.update(os.pread(self._streams[file].fileno(), end, 0))
             for _, name in inside:
-                digest.update(self._complete_hash(name))
+                digest.update(self.tensor_hash(name))
         return digest.hexdigest()
 
-    def _complete_hash(self, name: str) -> bytes:
-        info, hashed = self.info(name), self._hashes[name]
+    def tensor_hash(self, name: str) -> bytes:
+        """XXH3 of one tensor's bytes; what was not read in order so far is read now."""
+        info, hashed = self.info(name), self._hash(name)
         while hashed.done < info.nbytes:
             piece = torch.empty(min(1 << 20, info.nbytes - hashed.done), dtype=torch.uint8)
             self._fill(piece, info, info.offset + hashed.done)
             hashed.update(hashed.done, piece)
         return hashed.hash.digest()
+
+    def _hash(self, name: str) -> _ReadHash:
+        # Made when a tensor is first read: some files have very many. Of two threads, `setdefault` lets one win.
+        return self._hashes.get(name) or self._hashes.setdefault(name, _ReadHash())
 
     def close(self) -> None:
         """Close the files."""

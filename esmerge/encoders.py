@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.modalities import Modality, TextModality, modality_from_settings, save_modality
-from esmerge.modalities.registry import WEIGHTS_FILE, modality_settings
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE, modality_settings
 from esmerge.plan import Plan
 from esmerge.results import write_json
 from esmerge.scores import row_blocks
@@ -19,7 +19,6 @@ from esmerge.specialists import SpecialistEncoder
 # Where a multimodal checkpoint has its parts.
 LLM_PREFIX = "language_model."
 ENCODERS_PREFIX = "encoders."
-_MODALITIES_FOLDER = "modalities"
 _WEIGHTS_STEM = WEIGHTS_FILE.removesuffix(".safetensors")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -46,8 +45,12 @@ def weights_of(encoder: SpecialistEncoder) -> dict[str, Tensor]:
 
 
 def weights_hash(encoder: SpecialistEncoder) -> str:
-    """Tells the weights of an encoder from others."""
-    return encoder.checkpoint.content_hash()
+    """Tells the weights of an encoder from others; of the checkpoint, nothing else is read."""
+    layout = [[key, str(dtype), shape] for key, (dtype, shape) in sorted(_layout(encoder).items())]
+    digest = xxhash.xxh3_128(json.dumps(layout).encode())
+    for _, stored in sorted(encoder.tensors.items()):
+        digest.update(encoder.checkpoint.tensor_hash(stored))
+    return digest.hexdigest()
 
 
 def encoder_hash(name: str, encoder: SpecialistEncoder) -> str:
@@ -61,14 +64,14 @@ def encoder_hash(name: str, encoder: SpecialistEncoder) -> str:
 def write_modalities(plan: Plan, folder: Path) -> int:
     """Write all modalities, with files and weights, into `modalities` of an adapter; return the number of tensors."""
     for name, encoder in encoders_of(plan).items():
-        place = folder / _MODALITIES_FOLDER / name
+        place = folder / MODALITIES_FOLDER / name
         save_modality(modality_of(name, encoder), place)
         if encoder.tensors or encoder.made:
             # No shards: an encoder is read whole, by one call.
             writer = CheckpointWriter(place, _layout(encoder), stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
             _copy(encoder, writer, "")
             writer.finish()
-    return sum(len(encoder.tensors) + len(encoder.made) for encoder in encoders_of(plan).values())
+    return len(encoders_layout(plan))
 
 
 def encoders_layout(plan: Plan) -> Layout:
@@ -84,12 +87,12 @@ def copy_encoders(plan: Plan, writer: CheckpointWriter) -> int:
     """Copy all encoders into a multimodal checkpoint; return the number of tensors."""
     for name, encoder in encoders_of(plan).items():
         _copy(encoder, writer, f"{ENCODERS_PREFIX}{name}.")
-    return sum(len(encoder.tensors) + len(encoder.made) for encoder in encoders_of(plan).values())
+    return len(encoders_layout(plan))
 
 
 def write_mllm_files(plan: Plan, folder: Path) -> None:
     """Turn the files of an LLM that are in `folder` already, its config and tokenizer, into a multimodal model's."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
     from esmerge.mllm.loading import mllm_config
@@ -97,7 +100,7 @@ def write_mllm_files(plan: Plan, folder: Path) -> None:
     modalities = {name: modality_of(name, encoder) for name, encoder in encoders_of(plan).items()}
     processor = MllmProcessor(AutoTokenizer.from_pretrained(folder), modalities)
     processor.save_pretrained(folder)
-    config = mllm_config(folder, processor).to_dict()
+    config = mllm_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), processor).to_dict()
     write_json(folder / "config.json", {**config, "architectures": [MllmForConditionalGeneration.__name__]})
 
 
@@ -113,7 +116,7 @@ def _copy(encoder: SpecialistEncoder, writer: CheckpointWriter, prefix: str) -> 
         if name not in writer.pending:
             continue
         shape = encoder.checkpoint.info(stored).shape
-        for start, stop in row_blocks(shape) if shape else [(0, 1)]:
+        for start, stop in row_blocks(shape):
             writer.write_rows(name, start, encoder.checkpoint.read_range(stored, start, stop))
         writer.complete(name)
     for key, tensor in encoder.made.items():

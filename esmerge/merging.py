@@ -175,7 +175,7 @@ class TensorStream:
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
         """First row and last row + 1 of each block."""
-        return row_blocks(self.shape) if self.shape else iter([(0, 1)])
+        return row_blocks(self.shape)
 
     def base(self, start: int, stop: int) -> Tensor:
         """Rows of the base, float32; zeros without one."""

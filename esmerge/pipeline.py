@@ -233,7 +233,7 @@ def _fingerprint(plan: Plan) -> str:
     """What tells one merge from another without reading the inputs: the recipe, and names, sizes and times of files."""
     folders = [plan.base.folder, *(source.folder for source in plan.sources)]
     folders += [encoder.folder for encoder in encoders_of(plan).values() if encoder.folder is not None]
-    files = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    files = [file for folder in folders for file in sorted(folder.glob("*"))]
     files += [file for encoder in encoders_of(plan).values() for file in sorted(encoder.checkpoint.files)]
     files += [plan.path(reference) for reference in _probe_files(plan)]
     stats = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]

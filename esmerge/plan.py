@@ -472,7 +472,7 @@ def _unchanged(plan: Plan, target: Target, specialist: Specialist, name: str) ->
     if specialist.shape(name) not in ((), target.shape):
         return False
     delta = specialist.delta(name, target.shape)
-    for start, stop in row_blocks(target.shape) if target.shape else [(0, 1)]:
+    for start, stop in row_blocks(target.shape):
         base = plan.checkpoint.read_range(target.stored, start, stop).float()
         if delta.rows(start, stop, base).any():
             return False

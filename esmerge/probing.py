@@ -1,17 +1,16 @@
 """From a plan to embedding signals: builds the probe and sends it through base and specialists."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from esmerge.backbone import Backbone
+from esmerge.cache import user_cache
 from esmerge.deltas import Delta, LoraDelta
 from esmerge.encoders import encoders_of, modality_of, weights_hash, weights_of
 from esmerge.errors import InputError
-from esmerge.modalities import TextModality, encode_items, load_encoder
+from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
 from esmerge.names import inner_name, natural_order
 from esmerge.plan import Plan, Target
@@ -95,31 +94,24 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
         if isinstance(modality, TextModality):
             items[name] = [modality.render(item) for item in items[name]]
         else:
-            soft_tokens[name] = _soft_tokens(encoders[name], name, items[name], backbone, progress)
+            soft_tokens[name] = _soft_tokens(modality, encoders[name], items[name], backbone, progress)
             items[name] = [modality.placeholder * len(tokens) for tokens in soft_tokens[name]]
     return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template, soft_tokens)
 
 
 def _soft_tokens(
-    encoder: SpecialistEncoder, name: str, items: Sequence[str], backbone: Backbone, progress: bool
+    modality: Modality, encoder: SpecialistEncoder, items: Sequence[str], backbone: Backbone, progress: bool
 ) -> list[Tensor]:
     """The soft tokens [n, H] of a modality's items, from its own specialist's encoder."""
-    modality = modality_of(name, encoder)
+    source = f"the encoder of {modality.placeholder}"
     return encode_items(
         modality,
-        load_encoder(modality, weights_of(encoder), backbone.hidden_size, source=f"the encoder of {name}"),
+        load_encoder(modality, weights_of(encoder), backbone.hidden_size, source=source),
         items,
         ENCODER_BATCH_SIZE,
-        encoder_cache(),
+        user_cache("ESMERGE_ENCODER_CACHE", "soft_tokens"),
         weights_hash(encoder),
         backbone.device,
         backbone.dtype,
         progress,
     )
-
-
-def encoder_cache() -> Path:
-    """Where soft tokens are kept: `$ESMERGE_ENCODER_CACHE`, or `esmerge/soft_tokens` under the XDG cache."""
-    if chosen := os.environ.get("ESMERGE_ENCODER_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esmerge" / "soft_tokens"

@@ -17,10 +17,11 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cut a matrix of `shape` into blocks of about `BLOCK_ELEMENTS`."""
+    """Ranges of rows that cut a tensor of `shape` into blocks of about `BLOCK_ELEMENTS`; a scalar is one row."""
+    rows = shape[0] if shape else 1
     height = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], height):
-        yield start, min(start + height, shape[0])
+    for start in range(0, rows, height):
+        yield start, min(start + height, rows)
 
 
 class Score(Protocol):

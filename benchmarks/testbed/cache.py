@@ -1,19 +1,17 @@
 """Where downloads, the converted base and the trained specialists are kept between runs."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esmerge.cache import user_cache
+
 
 def cache_folder() -> Path:
     """The testbed's folder in the user's cache: `$ESMERGE_CACHE`, or `esmerge/testbed` under the XDG cache."""
-    if chosen := os.environ.get("ESMERGE_CACHE"):
-        return Path(chosen).expanduser()
-    # An empty XDG_CACHE_HOME counts as unset, as the XDG specification says.
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esmerge" / "testbed"
+    return user_cache("ESMERGE_CACHE", "testbed")
 
 
 @contextmanager

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from esmerge.errors import InputError
 from esmerge.mllm.configuration_mllm import MllmConfig
 from esmerge.mllm.modeling_mllm import MllmForConditionalGeneration
-from esmerge.mllm.processing_mllm import MODALITIES_FOLDER, MllmProcessor, open_modalities
-from esmerge.modalities import Modality, TextModality
-from esmerge.modalities.registry import load_encoder, modality_settings
+from esmerge.mllm.processing_mllm import MllmProcessor, open_modalities
+from esmerge.modalities import Modality
+from esmerge.modalities.modality import with_encoder
+from esmerge.modalities.registry import MODALITIES_FOLDER, load_encoder, modality_settings
 from esmerge.sources import read_json, resolve
 
 
@@ -73,8 +74,7 @@ def load_encoders(folder: Path, modalities: Mapping[str, Modality], llm: PreTrai
         name: load_encoder(modality, folder / MODALITIES_FOLDER / name, llm.config.get_text_config().hidden_size).to(
             embeddings.device, embeddings.dtype
         )
-        for name, modality in modalities.items()
-        if not isinstance(modality, TextModality)
+        for name, modality in with_encoder(modalities).items()
     }
 
 
@@ -85,8 +85,6 @@ def mllm_config(text_config: Any, processor: MllmProcessor) -> MllmConfig:
         name: {**modality_settings(modality), **({"token_id": ids[name]} if name in ids else {})}
         for name, modality in processor.modalities.items()
     }
-    if isinstance(text_config, (str, Path)):
-        text_config = AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     return MllmConfig(text_config=text_config, modalities=settings, dtype=getattr(text_config, "dtype", None))
 
 

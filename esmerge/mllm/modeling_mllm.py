@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from esmerge.errors import InputError
 from esmerge.mllm.configuration_mllm import MllmConfig
-from esmerge.modalities.modality import Encoder, Features, split_features
+from esmerge.modalities.modality import Encoder, Features, feature_name, split_features
 
 _GETTER = re.compile(r"get_(\w+)_features$")
 # Name of a feature that takes the place of all others: soft tokens made before, [sum of n_i, hidden].
@@ -91,7 +91,9 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: if they are not as many as there are soft tokens.
         """
-        mask = input_ids.eq(self.config.modalities[modality]["token_id"])
+        token_id = self.config.placeholder_id(modality)
+        assert token_id is not None
+        mask = input_ids.eq(token_id)
         if (count := int(mask.sum())) != soft_tokens:
             raise InputError(
                 f"the prompts have {count} positions for {modality}, its items make {soft_tokens} soft tokens: "
@@ -171,5 +173,5 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Features], dict[str, Any]]:
         """Features by modality, and what is left."""
         features = split_features(list(self.encoders), kwargs)
-        taken = {f"{name}_{feature}" for name, own in features.items() for feature in own}
+        taken = {feature_name(name, feature) for name, own in features.items() for feature in own}
         return features, {key: value for key, value in kwargs.items() if key not in taken}

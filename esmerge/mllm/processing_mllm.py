@@ -10,9 +10,9 @@ from transformers.processing_utils import ProcessorMixin
 
 from esmerge.errors import InputError
 from esmerge.modalities import Features, Modality, TextModality, open_modality, save_modality
-from esmerge.modalities.modality import add_placeholders, feature_name
+from esmerge.modalities.modality import add_placeholders, feature_name, with_encoder
+from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE
 
-MODALITIES_FOLDER = "modalities"
 Items = Sequence[str] | Sequence[Sequence[str]]
 
 
@@ -48,7 +48,10 @@ class MllmProcessor(ProcessorMixin):
     @property
     def placeholder_ids(self) -> dict[str, int]:
         """Token ids of the placeholders of modalities with an encoder."""
-        return placeholder_ids(self.tokenizer, self.modalities)
+        return {
+            name: self.tokenizer.convert_tokens_to_ids(modality.placeholder)
+            for name, modality in with_encoder(self.modalities).items()
+        }
 
     def __call__(
         self,
@@ -209,14 +212,5 @@ class MllmProcessor(ProcessorMixin):
 
 def open_modalities(folder: Path) -> dict[str, Modality]:
     """The modalities that a model's folder has."""
-    settings = sorted((folder / MODALITIES_FOLDER).glob("*/config.json"))
+    settings = sorted((folder / MODALITIES_FOLDER).glob(f"*/{SETTINGS_FILE}"))
     return {file.parent.name: open_modality(file.parent) for file in settings}
-
-
-def placeholder_ids(tokenizer: Any, modalities: Mapping[str, Modality]) -> dict[str, int]:
-    """Token ids of the placeholders of modalities with an encoder."""
-    return {
-        name: tokenizer.convert_tokens_to_ids(modality.placeholder)
-        for name, modality in modalities.items()
-        if not isinstance(modality, TextModality)
-    }

@@ -144,12 +144,17 @@ def split_features(modalities: Sequence[str], inputs: Mapping[str, object]) -> d
     return found
 
 
+def with_encoder(modalities: Mapping[str, Modality]) -> dict[str, Modality]:
+    """Those of some modalities whose items become soft tokens."""
+    return {name: modality for name, modality in modalities.items() if not isinstance(modality, TextModality)}
+
+
 def add_placeholders(tokenizer: Any, modalities: Mapping[str, Modality]) -> None:
     """Make every placeholder of a modality with an encoder one token, new ones after all that there are."""
     from transformers import AddedToken
 
     known = tokenizer.get_vocab()
-    wanted = [m.placeholder for m in modalities.values() if not isinstance(m, TextModality)]
+    wanted = [modality.placeholder for modality in with_encoder(modalities).values()]
     new = [AddedToken(p, special=True, normalized=False) for p in wanted if p not in known]
     if new:
         tokenizer.add_tokens(new, special_tokens=True)

@@ -18,6 +18,8 @@ from esmerge.errors import InputError
 from esmerge.modalities.modality import Encoder, Modality
 from esmerge.sources import read_json
 
+# A model keeps each of its modalities in a folder of this one, with these files.
+MODALITIES_FOLDER = "modalities"
 SETTINGS_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 # Other packages add kinds by an entry point of this group, whose name is the kind and whose value the class.

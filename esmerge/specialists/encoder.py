@@ -8,12 +8,10 @@ from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint, read_header
 from esmerge.errors import InputError
+from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 from esmerge.names import natural_order
 from esmerge.sources import read_json
 
-MODALITIES_FOLDER = "modalities"
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 # Modules whose last matrix gives soft tokens, by the kind of modality.
 _PROJECTORS = {"esm": "projector.", "cached": "projector.", "fingerprint": "projector.", "mol_llama": "llm_proj."}
 
@@ -100,11 +98,11 @@ def other_encoders(name: str, folder: Path) -> dict[str, int]:
 
 def read_encoder(folder: Path) -> SpecialistEncoder:
     """An encoder in the layout of esmerge."""
-    settings = read_json(folder / CONFIG_FILE)
+    settings = read_json(folder / SETTINGS_FILE)
     for key in ("kind", "placeholder"):
         if not isinstance(settings.get(key), str):
             raise InputError(
-                f"{folder / CONFIG_FILE}: {key} is {settings.get(key)!r}, expected text; a modality's settings are "
+                f"{folder / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected text; a modality's settings are "
                 "{kind: ..., placeholder: ..., ...}."
             )
     # Text is read as it is, and features may be cached as soft tokens.

@@ -11,16 +11,10 @@ from typing import Any
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
+from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE
 from esmerge.names import canonical_name
 from esmerge.sources import read_json
-from esmerge.specialists.encoder import (
-    CONFIG_FILE,
-    MODALITIES_FOLDER,
-    SpecialistEncoder,
-    find_encoder,
-    other_encoders,
-    refuse_second,
-)
+from esmerge.specialists.encoder import SpecialistEncoder, find_encoder, other_encoders, refuse_second
 from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from esmerge.specialists.lora import LoraSpecialist
 
@@ -47,7 +41,7 @@ def open_mol_llama(name: str, folder: Path, features: Path | None = None) -> Lor
         features: a safetensors file of cached features.
     """
     checkpoint = Checkpoint.open(folder)
-    config_file = folder / CONFIG_FILE
+    config_file = folder / "config.json"
     config = read_json(config_file)
     encoder: list[str] = []
     adapter: list[str] = []
@@ -98,7 +92,7 @@ def _encoder(
     own = folder / MODALITIES_FOLDER / name
     if features is not None:
         refuse_second(name, folder, "features", features)
-    if (own / CONFIG_FILE).exists() or (not (own / FEATURES_FILE).exists() and features is None):
+    if (own / SETTINGS_FILE).exists() or (not (own / FEATURES_FILE).exists() and features is None):
         found = find_encoder(name, folder)
         if found is not None:
             return found, len(tensors)

@@ -15,14 +15,9 @@ import torch
 
 from esmerge.checkpoint import Checkpoint, open_files
 from esmerge.errors import InputError
+from esmerge.modalities.registry import MODALITIES_FOLDER
 from esmerge.sources import read_json
-from esmerge.specialists.encoder import (
-    MODALITIES_FOLDER,
-    SpecialistEncoder,
-    other_encoders,
-    read_encoder,
-    refuse_second,
-)
+from esmerge.specialists.encoder import SpecialistEncoder, other_encoders, read_encoder, refuse_second
 from esmerge.specialists.full import FullSpecialist
 from esmerge.specialists.lora import ORIGINAL_MODULES, LoraSpecialist
 from esmerge.vocabulary import tokens_of
