@@ -28,12 +28,14 @@ from benchmarks.speed.side_by_side import (
     LLAMA,
     SPECIALISTS,
     Run,
+    command_line,
     cpu_seconds,
     median,
     megabytes,
     rounds,
     run,
     write_recipe,
+    write_runs,
 )
 
 LAYERS = 24
@@ -159,11 +161,8 @@ def table(runs: Mapping[str, Sequence[Merge]], combinations: list[str]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--combinations", nargs="+", default=list(COMBINATIONS), choices=COMBINATIONS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write every run to this file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -182,8 +181,7 @@ def main() -> None:
     runs = rounds(tasks, options.rounds)
     print(f"\n{machine()}, medians of {options.rounds}\n\n{table(runs, options.combinations)}")
     if options.json:
-        figures = {name: [asdict(one) for one in found] for name, found in runs.items()}
-        options.json.write_text(json.dumps({"machine": machine(), "runs": figures}, indent=2) + "\n")
+        write_runs(options.json, runs)
 
 
 if __name__ == "__main__":

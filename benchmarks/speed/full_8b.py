@@ -8,19 +8,27 @@ is flushed to the disk before it counts as done, as the merge is.
 Needs 33 GB in FOLDER, which is empty again at the end.
 """
 
-import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from benchmarks.speed.measure import machine, markdown_table
 from benchmarks.speed.merge_8b import LLAMA_3_1_8B
 from benchmarks.speed.random_models import write_adapter, write_llama
-from benchmarks.speed.side_by_side import SPECIALISTS, Run, esmerge, median, rounds, run, weight_bytes, write_recipe
+from benchmarks.speed.side_by_side import (
+    SPECIALISTS,
+    Run,
+    command_line,
+    esmerge,
+    median,
+    rounds,
+    run,
+    weight_bytes,
+    write_recipe,
+    write_runs,
+)
 
 MOST_MEMORY = 3e9
 LEAST_SPEED = 0.7
@@ -43,11 +51,8 @@ def merge(recipe: Path, output: Path) -> Run:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--base", type=Path, help="a checkpoint to use instead of a random one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write every run to this file")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="full-8b-", dir=options.folder.resolve()))
@@ -88,8 +93,7 @@ def main() -> None:
     print(f"{share:.0%} of the copy's speed (aim: at least {LEAST_SPEED:.0%}: {'yes' if met[1] else 'no'}), ", end="")
     print(f"under {MOST_MEMORY / 1e9:.0f} GB: {'yes' if met[0] else 'no'}")
     if options.json:
-        figures = {name: [asdict(one) for one in found] for name, found in runs.items()}
-        options.json.write_text(json.dumps({"machine": machine(), "bytes": moved, "runs": figures}, indent=2) + "\n")
+        write_runs(options.json, runs, bytes=moved)
 
 
 if __name__ == "__main__":

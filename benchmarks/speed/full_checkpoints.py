@@ -7,14 +7,11 @@ Both run from the command line, in turns; mergekit in its own virtual environmen
 FOLDER is filled with the inputs (4 GB) and mergekit (2 GB), which a later run uses again.
 """
 
-import argparse
-import json
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from benchmarks.speed.side_by_side import (
     LLAMA,
     SPECIALISTS,
     Run,
+    command_line,
     cpu_seconds,
     esmerge,
     interpreter,
@@ -37,6 +35,7 @@ from benchmarks.speed.side_by_side import (
     run,
     weight_bytes,
     write_recipe,
+    write_runs,
 )
 
 LAYERS = 24
@@ -164,11 +163,8 @@ def table(runs: dict[str, list[Run]], methods: list[str]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write every run to this file")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +172,7 @@ def main() -> None:
     runs = measure(folder, options.methods, options.rounds)
     print(f"\n{machine()}, medians of {options.rounds}\n\n{table(runs, options.methods)}")
     if options.json:
-        figures = {name: [asdict(one) for one in found] for name, found in runs.items()}
-        options.json.write_text(json.dumps({"machine": machine(), "runs": figures}, indent=2) + "\n")
+        write_runs(options.json, runs)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ then three specialists of 0.1B, 0.5B, 1B and 3B parameters.
 Needs up to 31 GB in FOLDER, which is empty again at the end; what does not fit on the disk is left out.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -24,6 +23,7 @@ from benchmarks.speed.random_models import write_llama, write_specialist
 from benchmarks.speed.side_by_side import (
     LLAMA,
     Run,
+    command_line,
     esmerge,
     free_bytes,
     interpreter,
@@ -104,11 +104,8 @@ def table(cases: list[Case]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = command_line(__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the medians to this file")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

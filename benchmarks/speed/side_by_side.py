@@ -1,5 +1,7 @@
 """What the comparisons of merges share: commands run from outside, several rounds of them, medians, tables."""
 
+import argparse
+import json
 import os
 import resource
 import shutil
@@ -7,13 +9,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from benchmarks.speed.measure import run_measured
+from benchmarks.speed.measure import machine, run_measured
 
 SPECIALISTS = ("molecule", "protein", "cell")
 # Depth is what makes these models larger or smaller; 24 layers are 0.5B parameters.
@@ -74,6 +76,21 @@ def rounds(tasks: Mapping[str, Callable[[], R]], count: int) -> dict[str, list[R
             runs[name].append(done)
             print(f"round {number + 1}: {name} {done.seconds:.2f} s, {done.cpu:.2f} s of CPU", file=sys.stderr)
     return runs
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all comparisons have: a folder for inputs and results, rounds, a file for the figures."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def write_runs(file: Path, runs: Mapping[str, Sequence[Run]], **others: Any) -> None:
+    """Write every run, and the machine, as JSON."""
+    figures = {name: [asdict(one) for one in found] for name, found in runs.items()}
+    file.write_text(json.dumps({"machine": machine(), **others, "runs": figures}, indent=2) + "\n")
 
 
 def median(runs: Sequence[Run]) -> Run:
