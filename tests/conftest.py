@@ -121,6 +121,35 @@ def llama(tmp_path_factory, make_base, make_adapter, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def modality_settings():
+    """Settings of one modality of each kind, with tiny encoders; proteins are cut to 6 residues."""
+    from transformers import EsmConfig
+
+    esm = EsmConfig(
+        vocab_size=33,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        mask_token_id=32,
+        pad_token_id=1,
+    )
+    return {
+        "molecule": {"kind": "fingerprint", "placeholder": "<mol>", "n_bits": 64, "tokens": 3},
+        "protein": {
+            "kind": "esm",
+            "placeholder": "<protein>",
+            "encoder": esm.to_dict(),
+            "intermediate_size": 20,
+            "max_residues": 6,
+        },
+        "cell": {"kind": "text", "placeholder": "<cell>"},
+    }
+
+
 @pytest.fixture
 def recipe():
     """The plain recipe of the fixture `llama`, as a mapping to change."""

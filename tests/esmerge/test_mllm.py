@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, EsmConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from esmerge.errors import InputError
 from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
@@ -13,28 +13,6 @@ from esmerge.mllm.loading import assemble, load_model
 from esmerge.modalities import modality_from_settings
 from esmerge.modalities.registry import save_encoder
 
-ESM = EsmConfig(
-    vocab_size=33,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    position_embedding_type="rotary",
-    token_dropout=True,
-    mask_token_id=32,
-    pad_token_id=1,
-)
-SETTINGS = {
-    "molecule": {"kind": "fingerprint", "placeholder": "<mol>", "n_bits": 64, "tokens": 3},
-    "protein": {
-        "kind": "esm",
-        "placeholder": "<protein>",
-        "encoder": ESM.to_dict(),
-        "intermediate_size": 20,
-        "max_residues": 12,
-    },
-    "cell": {"kind": "text", "placeholder": "<cell>"},
-}
 # Prompts with any number of items in any order, and their items.
 PROMPTS = {
     "Is <mol> a drug?": {"molecule": ["CCO"]},
@@ -49,10 +27,10 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def parts(llama):
+def parts(llama, modality_settings):
     """An LLM's folder, modalities and encoders."""
     torch.manual_seed(0)
-    modalities = {name: modality_from_settings(settings, name) for name, settings in SETTINGS.items()}
+    modalities = {name: modality_from_settings(settings, name) for name, settings in modality_settings.items()}
     return llama / "base", modalities, {name: modalities[name].build(32).eval() for name in ("molecule", "protein")}
 
 

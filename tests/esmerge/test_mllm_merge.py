@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, EsmConfig
+from transformers import AutoModel, AutoModelForCausalLM
 
 from esmerge.mllm import MllmForConditionalGeneration
 from esmerge.mllm.loading import load_model
@@ -16,36 +16,14 @@ from esmerge.modalities.registry import save_encoder
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
 
-ESM = EsmConfig(
-    vocab_size=33,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    position_embedding_type="rotary",
-    mask_token_id=32,
-    pad_token_id=1,
-)
-SETTINGS = {
-    "molecule": {"kind": "fingerprint", "placeholder": "<mol>", "n_bits": 64, "tokens": 3},
-    "protein": {
-        "kind": "esm",
-        "placeholder": "<protein>",
-        "encoder": ESM.to_dict(),
-        "intermediate_size": 20,
-        "max_residues": 6,
-    },
-    "cell": {"kind": "text", "placeholder": "<cell>"},
-}
-
 
 @pytest.fixture(scope="module")
-def specialists(llama, tmp_path_factory):
+def specialists(llama, modality_settings, tmp_path_factory):
     """The folder `llama` with a modality in each specialist."""
     folder = tmp_path_factory.mktemp("mllm") / "specialists"
     shutil.copytree(llama, folder)
     torch.manual_seed(0)
-    for name, settings in SETTINGS.items():
+    for name, settings in modality_settings.items():
         modality = modality_from_settings(settings, name)
         place = folder / name / "modalities" / name
         if settings["kind"] == "text":
@@ -134,7 +112,7 @@ def test_full_model_is_a_transformers_model(specialists, merge, recipe, tmp_path
     assert not list(folder.rglob("*.py"))
 
 
-def test_probe_of_items_is_the_probe_of_their_soft_tokens(specialists, merge, recipe, tmp_path):
+def test_probe_of_items_is_the_probe_of_their_soft_tokens(specialists, modality_settings, merge, recipe, tmp_path):
     """The same merge from a file with the embeddings that the specialists' own models give."""
     recipe["probe"]["chat_template"] = "{{ messages[0]['content'] }}"
     recipe["probe"]["template"] = "M {molecule} P {protein} C@{cell}@"
@@ -143,8 +121,8 @@ def test_probe_of_items_is_the_probe_of_their_soft_tokens(specialists, merge, re
     items = merge(recipe, "items")
 
     model, processor = load_model(items, specialists / "base", dtype=torch.float32)
-    texts = {name: (specialists / f"{name}.txt").read_text().split("\n")[:5] for name in SETTINGS}
-    rows, masks = [], {name: [] for name in SETTINGS}
+    texts = {name: (specialists / f"{name}.txt").read_text().split("\n")[:5] for name in modality_settings}
+    rows, masks = [], {name: [] for name in modality_settings}
     for molecule, protein, cell in zip(*texts.values(), strict=True):
         inputs = processor(
             text=f"M <mol> P <protein> C@{cell}@", molecule=[molecule], protein=[protein], add_special_tokens=False
