@@ -118,7 +118,7 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        touched = gradient.ne(0).any(dim=-1)
+        touched = gradient.abs().amax(dim=-1) != 0  # true of NaN too
         count = min(len(touched), -(-int(touched.sum()) // POSITIONS) * POSITIONS)
         positions = touched.logical_not().argsort(stable=True)[:count]
         gradient = gradient[positions]
