@@ -13,7 +13,7 @@ from torch import Tensor
 from esmerge.rawio import read_into, write_from
 
 # Rows are handled in blocks of about this many elements: the temporaries stay in the cache's reach.
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 18
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -36,25 +36,37 @@ def elected_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = 
     for start in range(0, merged.numel(), CACHE_ELEMENTS):
         span = slice(start, start + CACHE_ELEMENTS)
         block_weights = weights.reshape(len(deltas), 1) if whole is None else whole[:, span]
-        weighted = [weight * delta[span] for weight, delta in zip(block_weights, flat, strict=True)]
-        total = weighted[0].clone()
-        for part in weighted[1:]:
-            total += part
-        sign = torch.ones_like(total).copysign_(total)
-        total.zero_()
-        divisor = torch.zeros_like(total)
-        for weight, part in zip(block_weights, weighted, strict=True):
-            # What agrees is positive now; arithmetic on floats is several times faster than masks of booleans.
-            agreeing = part.mul_(sign).relu_()
-            total += agreeing
-            if normalize:
-                divisor.addcmul_(weight.expand_as(part), agreeing.sign_())
-        total *= sign
-        if normalize:
-            # Where nothing took part both are zero; 1 keeps that, and lets NaN from the inputs through.
-            total /= divisor.add_(1 - divisor.sign().abs_())
-        merged.view(-1)[span] = total
-    return merged.mul_(lambda_)
+        add = _agreeing_mean if normalize else _agreeing_sum
+        merged.view(-1)[span] = add(block_weights, [delta[span] for delta in flat])
+    return merged if lambda_ == 1 else merged.mul_(lambda_)
+
+
+# Arithmetic on floats is several times faster than masks of booleans.
+def _agreeing_sum(weights: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """Sum of what agrees with the total's sign: half of the total's magnitude and the sum of magnitudes together."""
+    total = weights[0] * deltas[0]
+    magnitudes = total.abs()
+    for weight, delta in zip(weights[1:], deltas[1:], strict=True):
+        total.addcmul_(weight.expand_as(delta), delta)
+        magnitudes.addcmul_(weight.abs().expand_as(delta), delta.abs())
+    return magnitudes.add_(total.abs()).mul_(0.5).copysign_(total)
+
+
+def _agreeing_mean(weights: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """The same sum, divided by the sum of the weights that took part in it."""
+    weighted = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    total = weighted[0].clone()
+    for part in weighted[1:]:
+        total += part
+    sign = torch.ones_like(total).copysign_(total)
+    total.zero_()
+    divisor = torch.zeros_like(total)
+    for weight, part in zip(weights, weighted, strict=True):
+        agreeing = part.mul_(sign).relu_()  # what agrees is positive now
+        total += agreeing
+        divisor.addcmul_(weight.expand_as(part), agreeing.sign_())
+    # Where nothing took part both are zero; 1 keeps that, and lets NaN from the inputs through.
+    return total.mul_(sign).div_(divisor.add_(1 - divisor.sign().abs_()))
 
 
 def _sparse(deltas: Sequence[Tensor], sparsifier: Sparsifier, **parameters: object) -> list[Tensor]:

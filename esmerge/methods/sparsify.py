@@ -4,8 +4,9 @@ Each function takes a delta as blocks of rows that can be gone through more than
 these blocks, one after the other. So no delta is ever held whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor
 from esmerge.methods.registry import Blocks
 
 # Parts that stay in a core's cache while several operations go over them.
-CACHE_ELEMENTS = 1 << 18
-_MAGNITUDE_BITS = 0x7FFFFFFF
+CACHE_ELEMENTS = 1 << 17
+# Every so-many-th magnitude guesses the threshold. A prime, so that no width of a matrix is a multiple of it.
+_SAMPLE_STRIDE = 61
+# Standard deviations of the guessed rank that are looked at around it.
+_MARGIN = 5.0
+_DRAWS = 1 << 16
 
 Sparsify = Callable[[Tensor], Tensor]
 
@@ -24,32 +29,51 @@ Sparsify = Callable[[Tensor], Tensor]
 def largest_magnitude(blocks: Blocks, rank: int) -> Tensor:
     """The `rank`-th largest magnitude among float32 blocks (1 for the largest), without sorting them.
 
-    The bits of a positive float order as the float does. One pass counts the upper 16 bits, a second sorts the few
-    elements whose upper bits are those of the wanted one: exact, and many times faster than a full sort.
+    A sample brackets it; one pass counts what lies above the bracket and takes along the few elements inside it. Exact:
+    the count tells where the bracket missed, and a wider one is then tried.
 
     Returns:
         A scalar tensor.
     """
     first, *others = islice(blocks(), 2)
     if not others and first.numel() <= CACHE_ELEMENTS and first.device.type == "cpu":
-        # Counting pays only where there is much to count.
-        place = first.numel() - rank
-        return torch.from_numpy(np.partition(first.abs().view(-1).numpy(), place))[place]
-    counts = torch.zeros(1 << 15, dtype=torch.int64)
-    for part in _parts(blocks):
-        counts += torch.bincount(part >> 16, minlength=1 << 15).cpu()
-    above = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, rank))
-    rest = rank - (int(above[place - 1]) if place else 0)
-    upper = (1 << 15) - 1 - place
-    candidates = torch.cat([part[part >> 16 == upper] for part in _parts(blocks)])
-    return candidates.sort(descending=True).values[rest - 1].view(torch.float32)
+        return torch.as_tensor(_descending(first.reshape(-1).abs().numpy(), rank))
+    sample = np.sort(torch.cat([block.reshape(-1)[::_SAMPLE_STRIDE].abs() for block in blocks()]).cpu().numpy())
+    total = sum(block.numel() for block in blocks())
+    place = (1 - rank / total) * len(sample)
+    margin = _MARGIN * (place * (1 - place / len(sample))) ** 0.5 + 2
+    while True:
+        low, high = _at(sample, place - margin), _at(sample, place + margin)
+        above, inside = 0, []
+        for block in blocks():
+            # Numpy compares and counts several times faster than torch.
+            values = block.reshape(-1).abs()
+            part = values.numpy() if values.device.type == "cpu" else values
+            above += _count(part > high)
+            inside.append(part[(part >= low) & (part <= high)])
+        count = sum(len(part) for part in inside)
+        if above < rank <= above + count:
+            candidates = np.concatenate([part if isinstance(part, np.ndarray) else part.cpu() for part in inside])
+            return torch.as_tensor(_descending(candidates, rank - above))
+        if low == 0 and high == float("inf"):
+            raise ValueError(f"there are {above + count} magnitudes that are numbers, so none of rank {rank}")
+        margin *= 8
 
 
-def _parts(blocks: Blocks) -> Iterator[Tensor]:
-    for block in blocks():
-        for part in block.reshape(-1).split(CACHE_ELEMENTS):
-            yield part.view(torch.int32) & _MAGNITUDE_BITS
+def _at(ordered: "np.ndarray[Any, Any]", place: float) -> float:
+    """An element of a sample in ascending order; what bounds all magnitudes beyond its ends."""
+    if place < 0:
+        return 0.0
+    return float(ordered[int(place)]) if place < len(ordered) else float("inf")
+
+
+def _count(mask: Any) -> int:
+    return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
+
+
+def _descending(values: "np.ndarray[Any, Any]", rank: int) -> Any:
+    place = len(values) - rank
+    return np.partition(values, place)[place]
 
 
 def keep_largest(blocks: Blocks, count: int, *, density: float) -> Sparsify:
@@ -82,16 +106,45 @@ def keep_middle(blocks: Blocks, count: int, *, density: float, gamma: float) -> 
 def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.Generator | None) -> Sparsify:
     """Keep each element with probability `density`, divided by it.
 
-    Draws the stream that `torch.bernoulli` draws on probabilities in float32, which is how PEFT does it.
+    Args:
+        generator: on the CPU it seeds a stream of 16 bits per element, several times faster than torch's own, in which
+            probabilities are multiples of 2^-16. None draws the stream that `torch.bernoulli` draws on probabilities
+            in float32, which is how PEFT does it.
     """
     if density >= 1:
         return _keep_all
+    if generator is None or generator.device.type != "cpu":
+
+        def sparsify_as_peft(block: Tensor) -> Tensor:
+            drawn = torch.rand(block.shape, generator=generator, device=block.device)
+            return drawn.lt_(density).mul_(block).div_(density)
+
+        return sparsify_as_peft
+    stream = _Bits(int(torch.randint(1 << 62, (), generator=generator)))
+    limit = max(1, round(density * _DRAWS))
 
     def sparsify(block: Tensor) -> Tensor:
-        drawn = torch.rand(block.shape, generator=generator, device=block.device)
-        return drawn.lt_(density).mul_(block).div_(density)
+        kept = stream.draw(block.numel()).reshape(block.shape) < limit
+        return torch.from_numpy(np.multiply(block.numpy(), kept)).mul_(1 / density)
 
     return sparsify
+
+
+class _Bits:
+    """A stream of uniform numbers of 16 bits."""
+
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.Generator(np.random.SFC64(seed))
+        self._left = np.empty(0, dtype=np.uint16)
+
+    def draw(self, count: int) -> "np.ndarray[Any, Any]":
+        """The next ones, uint16 [count]; how elements come in blocks does not change what each of them gets."""
+        words = self._words.integers(1 << 64, size=-(-max(0, count - len(self._left)) // 4), dtype=np.uint64)
+        drawn = words.view(np.uint16)
+        if len(self._left):
+            drawn = np.concatenate([self._left, drawn])
+        self._left = drawn[count:]
+        return drawn[:count]
 
 
 def keep_random_by_magnitude(
