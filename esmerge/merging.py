@@ -227,6 +227,10 @@ class TensorStream:
             self._kept[start] = self.block(start, stop)
         return self._kept[start]
 
+    def keeps(self, start: int) -> bool:
+        """Whether an earlier pass left the block from row `start` on."""
+        return start in self._kept
+
     def one(self, index: int, start: int, stop: int) -> Tensor:
         """Rows of one specialist's delta, for a pass that needs no other."""
         if self._keep:
@@ -260,6 +264,7 @@ def merged_blocks(
         weights.finish()
         yield 0, stream.shape[0] if stream.shape else 1, merged, parameters.get("base")
         return
+    base: Tensor | None
     combined = accepted(method.combine, parameters)
     if method.sparsify is None:
         for start, stop in stream.spans:
@@ -269,9 +274,11 @@ def merged_blocks(
     else:
         sparsifiers = [_sparsifier(merger, name, stream, index) for index in range(len(stream.deltas))]
         for start, stop in stream.spans:
-            block = stream.kept_block(start, stop)
+            kept = stream.several or stream.keeps(start)
+            base = None if kept else stream.base(start, stop)
+            block = stream.kept_block(start, stop) if kept else stream.block(start, stop, base)
             sparse = [sparsify(delta) for sparsify, delta in zip(sparsifiers, block, strict=True)]
-            yield start, stop, method.combine(sparse, weights(start, stop), **combined), None
+            yield start, stop, method.combine(sparse, weights(start, stop), **combined), base
     weights.finish()
 
 

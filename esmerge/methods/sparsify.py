@@ -1,7 +1,7 @@
 """Which elements of a delta are kept: by magnitude, by chance, or both.
 
 Each function takes a delta as blocks of rows that can be gone through more than once, and returns what sparsifies
-these blocks, one after the other. So no delta is ever held whole.
+these blocks, one after the other, into new memory. So no delta is ever held whole.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from torch import Tensor
 from esmerge.methods.registry import Blocks
 
 # Parts that stay in a core's cache while several operations go over them.
-CACHE_ELEMENTS = 1 << 17
+CACHE_ELEMENTS = 1 << 18
 # Every so-many-th magnitude guesses the threshold. A prime, so that no width of a matrix is a multiple of it.
 _SAMPLE_STRIDE = 61
 # Standard deviations of the guessed rank that are looked at around it.
 _MARGIN = 5.0
-_DRAWS = 1 << 16
+_BYTE = 1 << 8
 
 Sparsify = Callable[[Tensor], Tensor]
 
@@ -107,7 +107,7 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
     """Keep each element with probability `density`, divided by it.
 
     Args:
-        generator: on the CPU it seeds a stream of 16 bits per element, several times faster than torch's own, in which
+        generator: on the CPU it seeds a stream of bits that is several times faster than torch's own, in which
             probabilities are multiples of 2^-16. None draws the stream that `torch.bernoulli` draws on probabilities
             in float32, which is how PEFT does it.
     """
@@ -120,27 +120,34 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
             return drawn.lt_(density).mul_(block).div_(density)
 
         return sparsify_as_peft
-    stream = _Bits(int(torch.randint(1 << 62, (), generator=generator)))
-    limit = max(1, round(density * _DRAWS))
+    first, second = (_Bytes(int(torch.randint(1 << 62, (), generator=generator))) for _ in range(2))
+    high, low = divmod(max(1, round(density * _BYTE**2)), _BYTE)
 
     def sparsify(block: Tensor) -> Tensor:
-        kept = stream.draw(block.numel()).reshape(block.shape) < limit
-        return torch.from_numpy(np.multiply(block.numpy(), kept)).mul_(1 / density)
+        drawn = first.draw(block.numel())
+        kept = drawn < high
+        if low:
+            # One byte decides nearly always; a second one where it is equal to the limit's.
+            equal = np.flatnonzero(drawn == high)
+            kept[equal] = second.draw(len(equal)) < low
+        # Torch multiplies by floats faster than numpy and torch do by booleans.
+        mask = torch.from_numpy(kept.view(np.int8)).to(block.dtype).view(block.shape)
+        return mask.mul_(block).mul_(1 / density)
 
     return sparsify
 
 
-class _Bits:
-    """A stream of uniform numbers of 16 bits."""
+class _Bytes:
+    """A stream of uniform bytes."""
 
     def __init__(self, seed: int) -> None:
         self._words = np.random.Generator(np.random.SFC64(seed))
-        self._left = np.empty(0, dtype=np.uint16)
+        self._left = np.empty(0, dtype=np.uint8)
 
     def draw(self, count: int) -> "np.ndarray[Any, Any]":
-        """The next ones, uint16 [count]; how elements come in blocks does not change what each of them gets."""
-        words = self._words.integers(1 << 64, size=-(-max(0, count - len(self._left)) // 4), dtype=np.uint64)
-        drawn = words.view(np.uint16)
+        """The next ones, uint8 [count]; how elements come in blocks does not change what each of them gets."""
+        words = self._words.integers(1 << 64, size=-(-max(0, count - len(self._left)) // 8), dtype=np.uint64)
+        drawn = words.view(np.uint8)
         if len(self._left):
             drawn = np.concatenate([self._left, drawn])
         self._left = drawn[count:]
@@ -178,4 +185,4 @@ def check_probabilities(density: float, epsilon: float) -> None:
 
 
 def _keep_all(block: Tensor) -> Tensor:
-    return block
+    return block.clone()
