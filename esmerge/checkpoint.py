@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -329,15 +329,18 @@ class CheckpointWriter:
             file = folder / (single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
             kept &= self._begin(file, shard, {"format": "pt", **(metadata or {})})
         journal = folder / f".{stem}.journal"
-        if kept and journal.exists():
-            # The last line may have been cut off.
-            entries = [json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[:-1]]
-            self.notes = dict(entries)
+        self._journal = journal.open("ab+", buffering=0)
+        if kept:
+            self._journal.seek(0)
+            # A line that was cut off must go, or the next one would be written onto it.
+            whole, _, _ = self._journal.read().rpartition(b"\n")
+            self._journal.truncate(len(whole) + 1 if whole else 0)
+            self.notes = dict(json.loads(line) for line in whole.splitlines())
             self.pending -= self.notes.keys()
         else:
-            journal.unlink(missing_ok=True)
-        self._journal = journal.open("ab", buffering=0)
+            self._journal.truncate(0)
         self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._flushed: list[Future[None]] = []
         self._unflushed = 0
 
     def _begin(
@@ -377,7 +380,7 @@ class CheckpointWriter:
         self._unflushed += data.nbytes
         if self._unflushed >= FLUSH_BYTES:
             self._unflushed = 0
-            self._flusher.submit(os.fdatasync, stream.fileno())
+            self._flushed.append(self._flusher.submit(os.fdatasync, stream.fileno()))
 
     def complete(self, name: str, note: Any = None) -> None:
         """Note in the journal that all rows of `name` are written, with anything that JSON can hold."""
@@ -405,6 +408,9 @@ class CheckpointWriter:
         if self.pending:
             raise RuntimeError(f"{len(self.pending)} tensors were never written, among them {min(self.pending)}")
         self._flusher.shutdown()
+        # The system tells of a write that failed later once, to whoever asks first.
+        for flushed in self._flushed:
+            flushed.result()
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         self.close()

@@ -21,6 +21,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the result is larger than the file system or the limit of this process allows (see ulimit -f)",
+}
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Changes = Annotated[
     list[str] | None,
@@ -148,8 +154,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted(debug)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _fail("the disk is full; nothing was written: free some space or choose another output.", 1, debug)
+        if error.errno in _NO_ROOM:
+            reason = _NO_ROOM[error.errno]
+            _fail(f"{reason}; nothing was written: free some space or choose another output.", 1, debug)
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)

@@ -260,7 +260,9 @@ def merged_blocks(
     if method.combine is None:
         if method.needs_base:
             parameters["base"] = stream.base(0, stream.shape[0] if stream.shape else 1)
-        merged = method.function(stream.whole(), weights(0, stream.shape[0] if stream.shape else 1), **parameters)
+        deltas = stream.whole()
+        _check_finite(deltas)
+        merged = method.function(deltas, weights(0, stream.shape[0] if stream.shape else 1), **parameters)
         weights.finish()
         yield 0, stream.shape[0] if stream.shape else 1, merged, parameters.get("base")
         return
@@ -277,9 +279,23 @@ def merged_blocks(
             kept = stream.several or stream.keeps(start)
             base = None if kept else stream.base(start, stop)
             block = stream.kept_block(start, stop) if kept else stream.block(start, stop, base)
+            _check_finite(block)
             sparse = [sparsify(delta) for sparsify, delta in zip(sparsifiers, block, strict=True)]
             yield start, stop, method.combine(sparse, weights(start, stop), **combined), base
     weights.finish()
+
+
+def is_finite(rows: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # One sum nearly always tells, at a fraction of what looking at each costs; only large values overflow it.
+    total = rows.sum(dtype=rows.dtype if rows.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(rows.isfinite().all())
+
+
+def _check_finite(deltas: Sequence[Tensor]) -> None:
+    """Raise `ValueError` for values that a method could drop, clip or sort away as if they were small ones."""
+    if not all(is_finite(delta) for delta in deltas):
+        raise ValueError("a delta has NaN or infinite values")
 
 
 def summed_blocks(

@@ -28,12 +28,14 @@ from esmerge.merging import (
     Merger,
     Statistics,
     TensorStream,
+    is_finite,
     merge_factors,
     merge_low_rank,
     merged_blocks,
     summed_blocks,
 )
 from esmerge.plan import Plan, Target, agreed, common_scaling
+from esmerge.scores import row_blocks
 from esmerge.specialists import LoraSpecialist
 from esmerge.vocabulary import write_tokenizer
 
@@ -103,6 +105,23 @@ class Output:
         module = target.name.removesuffix(".weight")
         return self._note(f"{module}.lora_b.weight", f"{module}.lora_a.weight")
 
+    def _write_rows(self, target: Target, key: str, start: int, rows: Tensor) -> None:
+        """Write rows of a tensor of the result; `InputError` if they are NaN or infinite, or become so in its dtype."""
+        dtype = self.writer.places[key].dtype
+        if dtype == torch.float16:
+            data = rows.to(dtype)
+            if not is_finite(data):
+                if is_finite(rows):
+                    raise InputError(
+                        f"{key} has values up to {float(rows.abs().max()):.3g}, which float16 cannot hold; "
+                        "set output.dtype to bfloat16 or float32."
+                    )
+                raise InputError(_not_finite(self.plan, target))
+            rows = data
+        elif rows.is_floating_point() and not is_finite(rows):
+            raise InputError(_not_finite(self.plan, target))
+        self.writer.write_rows(key, start, rows)
+
     def _show(self, target: Target, stream: TensorStream, start: int, stop: int, merged: Tensor) -> None:
         if self._observe is not None:
             self._observe(target.name, merged, stream.kept_block(start, stop))
@@ -149,8 +168,9 @@ class AdapterOutput(Output):
         if self._observe is not None:
             for start, stop in stream.spans:
                 self._show(target, stream, start, stop, b[start:stop] @ a * scaling)
-        self.writer.write(self._factor(target, "A"), a)
-        self.writer.write(self._factor(target, "B"), b, note)
+        for letter, factor in (("A", a), ("B", b)):
+            self._write_rows(target, self._factor(target, letter), 0, factor)
+            self.writer.complete(self._factor(target, letter), note if letter == "B" else None)
 
     def finish(self) -> dict[str, int]:
         self.writer.finish()
@@ -197,38 +217,31 @@ class FullOutput(Output):
         note: dict[str, Any] = {}
         if not target.merged:
             for start, stop in stream.spans:
-                self._write_rows(target, start, self.plan.checkpoint.read_range(target.stored, start, stop))
+                rows = self.plan.checkpoint.read_range(target.stored, start, stop)
+                self._write_rows(target, self.key(target), start, rows)
         elif self.factors is not None:
             stream.note_factors()
             b, a, scaling = self._merged_factors(target, stream)
             for start, stop in stream.spans:
                 merged = b[start:stop] @ a * scaling
                 self._show(target, stream, start, stop, merged)
-                self._write_rows(target, start, merged.add_(stream.base(start, stop)))
+                self._write_rows(target, self.key(target), start, merged.add_(stream.base(start, stop)))
             note = self._factor_notes(target)
         elif (summed := summed_blocks(self.merger, target.name, target.layer, stream)) is not None:
             for start, stop, rows in summed:
                 if self._observe is not None:
                     self._show(target, stream, start, stop, rows - stream.base(start, stop))
-                self._write_rows(target, start, rows)
+                self._write_rows(target, self.key(target), start, rows)
             note = self._note(target.name)
         else:
             for start, stop, merged, base in merged_blocks(self.merger, target.name, target.layer, stream):
                 self._show(target, stream, start, stop, merged)
-                self._write_rows(target, start, merged.add_(stream.base(start, stop) if base is None else base))
+                rows = merged.add_(stream.base(start, stop) if base is None else base)
+                self._write_rows(target, self.key(target), start, rows)
             note = self._note(target.name)
         for row, values in _own_rows(self.plan, target, stream):
-            self.writer.write_rows(self.key(target), row, values)
+            self._write_rows(target, self.key(target), row, values)
         self.writer.complete(self.key(target), note)
-
-    def _write_rows(self, target: Target, start: int, rows: Tensor) -> None:
-        # One sum tells whether any of them is NaN or infinite, at a fraction of what looking at each would cost.
-        if (
-            rows.is_floating_point()
-            and not rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None).isfinite()
-        ):
-            raise InputError(_not_finite(self.plan, target))
-        self.writer.write_rows(self.key(target), start, rows)
 
     def finish(self) -> dict[str, int]:
         plan = self.plan
@@ -271,7 +284,13 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         for output in wanting:
-            output.write(target, stream)
+            try:
+                output.write(target, stream)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                # A method that looks for thresholds or singular values finds none among values that are no numbers.
+                if (bad := _bad_input(plan, target)) is not None:
+                    raise InputError(bad) from error
+                raise
 
     _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -306,16 +325,22 @@ def _keep_freed_memory() -> None:
 
 def _not_finite(plan: Plan, target: Target) -> str:
     """The sentence that names the input with NaN or infinite values behind a tensor."""
+    if (bad := _bad_input(plan, target)) is not None:
+        return bad
+    return f"the merged {target.written} has NaN or infinite values: lower the coefficients or the method's lambda."
+
+
+def _bad_input(plan: Plan, target: Target) -> str | None:
     tensors = [(plan.checkpoint, target.stored)]
     for specialist, name in zip(plan.specialists, target.changed, strict=True):
         if name:
             tensors.append((specialist.checkpoint, specialist.stored_as(name)))
     for checkpoint, name in tensors:
-        if not checkpoint.read(name).isfinite().all():
-            return f"{checkpoint.info(name).file}: tensor {name} has NaN or infinite values; download or save it again."
-    if not target.merged:
-        return f"the values of {target.written} are too large to add up; download or save the base again."
-    return f"the merged {target.written} has NaN or infinite values: lower the coefficients or the method's lambda."
+        for start, stop in row_blocks(checkpoint.info(name).shape):
+            if not is_finite(checkpoint.read_range(name, start, stop)):
+                file = checkpoint.info(name).file
+                return f"{file}: tensor {name} has NaN or infinite values; download or save it again."
+    return None
 
 
 def _owners(plan: Plan, target: Target) -> dict[int, list[int]]:

@@ -40,6 +40,20 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA sampling",
     "velora_config": "VeLoRA compression",
 }
+# Switches and settings of variants that are known; any other that is set belongs to a variant that is not.
+_KNOWN_VARIANTS = {"use_rslora", "use_dora"} | {
+    f"{kind}_config" for kind in ("loftq", "eva", "corda", "lora_ga", "runtime", "megatron")
+}
+# Initialisations that leave the base as it is, and those that take what they put into the factors out of its weights.
+_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+_MOVING_INITIALISATIONS = {
+    "pissa": "PiSSA",
+    "corda": "CorDA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+_AS_FULL_CHECKPOINT = "merge the adapter into the base that it was trained on and give the full checkpoint"
 
 
 class LoraSpecialist:
@@ -140,11 +154,18 @@ class LoraSpecialist:
                 if part not in letters:
                     raise InputError(
                         f"{self.folder}: {tensor} cannot be merged, as DoRA of embeddings scales whole columns: "
-                        "merge the adapter into its base and give the full checkpoint."
+                        f"{_AS_FULL_CHECKPOINT}."
                     )
         for part in letters:
             if part not in parts:
                 raise InputError(f"{self.folder}: {next(iter(parts.values()))} has no {part} beside it.")
+        magnitude = any(part.startswith("lora_magnitude_vector") for part in parts)
+        if letters is _FACTORS and magnitude != bool(self.config.get("use_dora")):
+            stated, found = ("is not", "a") if magnitude else ("is", "no")
+            raise InputError(
+                f"{self._config_file}: use_dora {stated} set, but {parts[letters[0]]} has {found} "
+                "lora_magnitude_vector beside it: one of them belongs to another adapter."
+            )
         a, b = (self.checkpoint.info(parts[part]) for part in letters)
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise InputError(
@@ -287,7 +308,9 @@ def _bias_of(weight: str) -> str:
 
 def _check_type(config: Mapping[str, Any], file: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged.")
+        raise InputError(
+            f"{file}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged: {_AS_FULL_CHECKPOINT}."
+        )
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), int | float) or config[field] <= 0:
             raise InputError(f"{file}: {field} is {config.get(field)!r}, expected a positive number.")
@@ -297,11 +320,32 @@ def _check_variant(config: Mapping[str, Any], file: Path) -> None:
     for field, meaning in _UNSUPPORTED.items():
         if config.get(field):
             raise InputError(
-                f"{file}: {field} is set; {meaning} cannot be expressed as deltas of tensors: "
-                "merge the adapter into its base and give the full checkpoint, or train without it."
+                f"{file}: {field} is set; {meaning} cannot be expressed as deltas of tensors: {_AS_FULL_CHECKPOINT}, "
+                "or train without it."
             )
     if config.get("fan_in_fan_out"):
-        raise InputError(f"{file}: fan_in_fan_out is set; adapters of Conv1D layers cannot be merged.")
+        raise InputError(
+            f"{file}: fan_in_fan_out is set; adapters of Conv1D layers cannot be merged: {_AS_FULL_CHECKPOINT}."
+        )
+    for field, value in config.items():
+        if value and field not in _KNOWN_VARIANTS and (field.startswith("use_") or field.endswith("_config")):
+            raise InputError(
+                f"{file}: {field} is set, a variant of LoRA that is not known here: {_AS_FULL_CHECKPOINT}."
+            )
+    initialisation = config.get("init_lora_weights")
+    if not isinstance(initialisation, str) or initialisation.lower() in _INITIALISATIONS:
+        return
+    for prefix, name in _MOVING_INITIALISATIONS.items():
+        if initialisation.lower().startswith(prefix):
+            raise InputError(
+                f"{file}: init_lora_weights is {initialisation!r}; {name} changes the base's weights before training, "
+                f"so that the factors are no delta of the base: {_AS_FULL_CHECKPOINT}, or save it with PEFT's "
+                "path_initial_model_for_weight_conversion."
+            )
+    raise InputError(
+        f"{file}: init_lora_weights is {initialisation!r}, which is not known here: if it leaves the base's weights as "
+        f"they are, set it to true; otherwise {_AS_FULL_CHECKPOINT}."
+    )
 
 
 def _from_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -248,6 +248,52 @@ def adapter_of_the_head(inputs):
     inputs.train(target_modules=["q_proj", "lm_head"])
 
 
+VARIANTS = {
+    "init_lora_weights": ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga", "of tomorrow"],
+    "peft_type": ["ADALORA", "VBLORA", "LOHA", None],
+    "layer_replication": [[[0, 2], [1, 3]]],
+    "alora_invocation_tokens": [[5, 6]],
+    "target_parameters": [["experts.gate_up_proj"]],
+    "use_qalora": [True],
+    "use_bdlora": [{"nblocks": 2}],
+    "arrow_config": [{"top_k": 3}],
+    "kasa_config": [{"beta": 1e-4}],
+    "monteclora_config": [{"num_samples": 8}],
+    "velora_config": [{"scale": 1.0}],
+    "use_something_new": [True],
+    "new_config": [{"a": 1}],
+    "fan_in_fan_out": [True],
+    "use_dora": [True],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in VARIANTS.items() for value in values])
+def test_variant_of_lora_that_is_no_plain_delta(inputs, esmerge, tmp_path, field, value):
+    inputs.change_json("cell/adapter_config.json", **{field: value})
+    inputs.recipe["coefficients"] = "uniform"
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("esmerge: ")
+    assert err.count("\n") == 1
+    assert f"cell/adapter_config.json: {field} is " in err
+    assert "give the full checkpoint" in err or field == "use_dora"
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+def test_initialisation_that_leaves_the_base_alone(inputs, esmerge, tmp_path, init):
+    inputs.change_json("cell/adapter_config.json", init_lora_weights=init)
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, err) == (0, "")
+
+
+@case("cell/adapter_config.json: use_dora is not set", "belongs to another adapter")
+def magnitudes_of_an_adapter_that_is_no_dora(inputs):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    inputs.change_tensors("cell/adapter_model.safetensors", lambda tensors: tensors.update({name: torch.ones(32)}))
+
+
 # Values that are not finite
 
 
@@ -300,6 +346,53 @@ def nan_in_a_tensor_copied_from_the_base(inputs):
 def nan_in_a_tensor_merged_from_the_base(inputs):
     inputs.change_tensors("base/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
     inputs.recipe["output"] = {"format": "full"}
+
+
+@case("lm_head.weight has values up to 1e+05, which float16 cannot hold", "output.dtype", "--set=coefficients=uniform")
+def copied_values_too_large_for_half_precision(inputs):
+    inputs.change_tensors("base/model.safetensors", poison("lm_head.weight", 1e5))
+    inputs.recipe["output"] = {"format": "full", "dtype": "float16"}
+
+
+def enlarge(name, factor=1e9):
+    def change(tensors):
+        tensors[name] *= factor
+
+    return change
+
+
+LARGE_FACTOR = POISONED_FACTOR.replace("lora_A", "lora_B")
+
+
+@case("layers.1.mlp.up_proj.weight has values up to", "which float16 cannot hold", "--set=coefficients=uniform")
+def merged_values_too_large_for_half_precision(inputs):
+    inputs.change_tensors("cell/adapter_model.safetensors", enlarge(LARGE_FACTOR))
+    inputs.recipe["output"] = {"format": "full", "dtype": "float16"}
+
+
+@pytest.mark.parametrize("space", ["weights", "factors"])
+def test_factors_too_large_for_half_precision(inputs, esmerge, tmp_path, space):
+    inputs.change_tensors("cell/adapter_model.safetensors", enlarge(LARGE_FACTOR, 1e12))
+    inputs.recipe |= {"coefficients": "uniform", "space": space, "output": {"dtype": "float16"}}
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "layers.1.mlp.up_proj.lora_" in err
+    assert "which float16 cannot hold; set output.dtype to bfloat16 or float32" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+def test_values_whose_sum_alone_overflows(inputs, esmerge, tmp_path):
+    """What is as large as a dtype can hold is finite all the same."""
+
+    def fill(tensors):
+        tensors["lm_head.weight"].fill_(torch.finfo(torch.float32).max)
+
+    inputs.change_tensors("base/model.safetensors", fill)
+    inputs.recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, err) == (0, "")
+    merged, base = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", inputs / "base"))
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
 
 
 # Full checkpoints
@@ -433,6 +526,35 @@ def pickled_specialist(inputs):
 def nan_in_a_full_checkpoint(inputs):
     to_full(inputs)
     inputs.change_tensors("cell/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 4}], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *({"name": name, "density": 0.5} for name in ("ties", "dare_ties", "della", "breadcrumbs", "pcb")),
+        {"name": "sce", "select_topk": 0.5},
+        "karcher",
+        "model_stock",
+        "tsv",
+        "iso_c",
+    ],
+    ids=lambda method: method if isinstance(method, str) else method["name"],
+)
+def test_nan_under_any_method(inputs, esmerge, tmp_path, method, output, value):
+    """Methods that sort or decompose values fail in their own ways; the message names the input all the same."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    to_full(inputs)
+    tensors = load_file(inputs / "base" / "model.safetensors")
+    tensors[name] += torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, inputs / "cell" / "model.safetensors", metadata={"format": "pt"})
+    inputs.recipe |= {"coefficients": "uniform", "method": method, "output": output}
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"cell/model.safetensors: tensor {name} has NaN or infinite values" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
 
 
 @case("output.rank is missing", "full checkpoint cell")
@@ -957,6 +1079,18 @@ def test_disk_that_fills_up_under_a_full_checkpoint(inputs, esmerge_program, tmp
     assert done.stderr.startswith("esmerge: the disk is full; nothing was written")
     assert done.stderr.count("\n") == 1
     assert not done.stdout, "something was left on the disk"
+
+
+def test_limit_on_the_size_of_files(inputs, esmerge_program, tmp_path):
+    inputs.recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+    size = (inputs / "base" / "model.safetensors").stat().st_size
+    command = [esmerge_program, "merge", inputs.save_recipe(), "--quiet", "-o", tmp_path / "merged"]
+    done = subprocess.run(["prlimit", f"--fsize={size // 2}", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "nothing was written" in done.stderr
+    assert "ulimit -f" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
 
 
 class TestWarnings:

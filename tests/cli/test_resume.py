@@ -82,16 +82,21 @@ def journal_of(output):
 def killed(esmerge_program, project):
     """The output of a merge that was killed as soon as some of its tensors were written."""
     output = project / "killed"
-    command = [esmerge_program, "merge", project / "recipe.yaml", "-o", output, "--quiet"]
+    kill_after(5, output, esmerge_program, project)
+    return output
+
+
+def kill_after(count, output, esmerge_program, project, *options):
+    """Kills a merge as soon as `count` of its tensors are written."""
+    command = [esmerge_program, "merge", project / "recipe.yaml", "-o", output, "--quiet", *options]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        while len(journal_of(output)) < 5:
+        while len(journal_of(output)) < count:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not output.exists()
-    assert 5 <= len(journal_of(output)) < TENSORS
-    return output
+    assert count <= len(journal_of(output)) < TENSORS
 
 
 @pytest.fixture
@@ -130,6 +135,18 @@ def test_does_not_do_finished_tensors_again(left, undisturbed, merge):
 def test_of_a_line_that_was_cut_off(left, undisturbed, merge):
     with (left.parent / ".merged.partial" / ".model.journal").open("a") as journal:
         journal.write('["model.norm.wei')
+    merge(left, "--resume")
+    assert files_of(left) == undisturbed
+
+
+def test_killed_twice_in_the_middle_of_a_line(left, undisturbed, merge, project, esmerge_program):
+    """What a second run adds to its journal does not end up on the line that the first one left unfinished."""
+    journal = left.parent / ".merged.partial" / ".model.journal"
+    with journal.open("a") as stream:
+        stream.write('["model.norm.wei')
+    first = len(journal_of(left))
+    kill_after(first + 5, left, esmerge_program, project, "--resume")
+    assert len(journal_of(left)) >= first + 5
     merge(left, "--resume")
     assert files_of(left) == undisturbed
 
