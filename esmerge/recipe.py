@@ -1,6 +1,5 @@
 """What a user asks for: a recipe, from YAML and to YAML, with errors that name the field."""
 
-import difflib
 import fnmatch
 import logging
 import re
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from esmerge.errors import InputError
+from esmerge.yaml_files import nearest, read_mapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,7 @@ class MethodRecipe(BaseModel):
         from esmerge.methods.registry import accepted
 
         if self.name not in METHODS:
-            raise ValueError(f"name is {self.name!r}{_nearest(self.name, list(METHODS))} (known: {', '.join(METHODS)})")
+            raise ValueError(f"name is {self.name!r}{nearest(self.name, list(METHODS))} (known: {', '.join(METHODS)})")
         parameters, check = METHODS[self.name].parameters, METHODS[self.name].check
         try:
             values = parameters.model_validate(self.parameters).model_dump()
@@ -177,7 +177,7 @@ class MethodRecipe(BaseModel):
             if first["type"] == "extra_forbidden":
                 known = [info.alias or name for name, info in parameters.model_fields.items()]
                 has = f"known: {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"{field} is no parameter of {self.name}{_nearest(field, known)} ({has})") from error
+                raise ValueError(f"{field} is no parameter of {self.name}{nearest(field, known)} ({has})") from error
             raise ValueError(f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
         if check is not None:
             check(**accepted(check, values))
@@ -299,7 +299,7 @@ class Recipe(_Strict):
 def _check_keys(field: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in given:
         if name not in names:
-            raise ValueError(f"{field}.{name}: no specialist has that name{_nearest(name, names)}")
+            raise ValueError(f"{field}.{name}: no specialist has that name{nearest(name, names)}")
     for name in names:
         if name not in given:
             raise ValueError(f"{field}.{name} is missing; give a number for each specialist")
@@ -332,32 +332,10 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: one sentence that names the field and what was expected.
     """
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise InputError(f"the recipe {file} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"the recipe {file} is no valid YAML{where}: {getattr(error, 'problem', error)}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"the recipe {file} must be a YAML mapping with the fields {', '.join(Recipe.model_fields)}.")
+    content = read_mapping(file, "recipe", list(Recipe.model_fields))
     for override in overrides:
         _override(content, override)
     return parse_recipe(content, file.parent, str(file))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which YAML's own loader would drop the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen and isinstance(key_node, yaml.ScalarNode) and key != "<<":
-                raise yaml.MarkedYAMLError(problem=f"{key} stands there twice", problem_mark=key_node.start_mark)
-            seen.add(key if isinstance(key_node, yaml.ScalarNode) else id(key_node))
-        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:
@@ -432,7 +410,7 @@ def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     field = ".".join(part for part in location if part not in ("SignalsRecipe", "FixedRecipe"))
     if first["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
-        return f"{field} is no known field{_nearest(location[-1], known)} (known: {', '.join(known)})."
+        return f"{field} is no known field{nearest(location[-1], known)} (known: {', '.join(known)})."
     if first["type"] == "missing":
         return f"{field} is missing."
     if first["type"] == "value_error":
@@ -453,8 +431,3 @@ def _fields_at(location: Sequence[str]) -> list[str]:
     }
     model = models[location[0] if location else ""]
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
