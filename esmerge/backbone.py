@@ -26,6 +26,7 @@ class Backbone:
         dtype: in which the layers run; None for the dtype in which most of the weights are stored.
         device: on which the layers run.
         checkpoint: the one in the folder, if it is open already.
+        trust_remote_code: whether code in the folder may run.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Backbone:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         checkpoint: Checkpoint | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,11 +45,13 @@ class Backbone:
         self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.dtype = dtype or stored_dtype(self.checkpoint)
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             config.use_cache = False
             # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                ).eval()
         except (ValueError, KeyError, OSError, ImportError) as error:
             raise InputError(
                 f"{folder}: transformers cannot build a causal LM from its config.json: {error}"

@@ -33,6 +33,10 @@ Changes = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base, if there is some.")
+]
+
 
 @app.callback()
 def _options(
@@ -47,6 +51,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
     set_: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed merge into OUTPUT stopped.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the specialists of a RECIPE into one model.
@@ -60,7 +65,9 @@ def merge(
     from esmerge.recipe import load_recipe
 
     _imported()
-    counts = run(load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume)
+    counts = run(
+        load_recipe(recipe, set_ or ()), output, progress=not quiet, resume=resume, trust_remote_code=trust_remote_code
+    )
     own = f", {counts['own rows']} rows of specialists' own tokens" if counts["own rows"] else ""
     own += f", {counts['encoders']} of encoders copied" if counts["encoders"] else ""
     print(f"{output}: {counts['merged']} tensors merged, {counts['copied']} copied from the base{own}")
@@ -79,6 +86,7 @@ def compare(
         typer.Option("--coefficients", metavar="SOURCE", help="Coefficients, as in a recipe; repeat it for more."),
     ] = None,
     set_: Changes = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the specialists of a RECIPE in several ways, and show what the results differ in.
@@ -95,7 +103,8 @@ def compare(
 
     _imported()
     loaded = load_recipe(recipe, set_ or ())
-    found = run(loaded, read_variants(method or (), coefficients or ()), output, progress=not quiet)
+    variants = read_variants(method or (), coefficients or ())
+    found = run(loaded, variants, output, progress=not quiet, trust_remote_code=trust_remote_code)
     print_comparison(found, list(loaded.specialists))
 
 

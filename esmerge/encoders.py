@@ -8,7 +8,7 @@ import xxhash
 from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
-from esmerge.modalities import Modality, TextModality, modality_from_settings, save_modality
+from esmerge.modalities import save_modality
 from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE, modality_settings
 from esmerge.plan import Plan
 from esmerge.results import write_json
@@ -29,16 +29,6 @@ def encoders_of(plan: Plan) -> dict[str, SpecialistEncoder]:
     return {s.name: s.encoder for s in plan.specialists if s.encoder is not None}
 
 
-def is_multimodal(plan: Plan) -> bool:
-    """Whether anything but text goes into the merged model, so that it is more than an LLM."""
-    return any(encoder.settings["kind"] != TextModality.kind for encoder in encoders_of(plan).values())
-
-
-def modality_of(name: str, encoder: SpecialistEncoder) -> Modality:
-    """The modality of an encoder."""
-    return modality_from_settings(encoder.settings, f"the modality {name}", encoder.folder)
-
-
 def weights_of(encoder: SpecialistEncoder) -> dict[str, Tensor]:
     """All tensors of an encoder, by their names in it."""
     return {key: encoder.checkpoint.read(stored) for key, stored in encoder.tensors.items()} | encoder.made
@@ -46,16 +36,16 @@ def weights_of(encoder: SpecialistEncoder) -> dict[str, Tensor]:
 
 def weights_hash(encoder: SpecialistEncoder) -> str:
     """Tells the weights of an encoder from others; of the checkpoint, nothing else is read."""
-    layout = [[key, str(dtype), shape] for key, (dtype, shape) in sorted(_layout(encoder).items())]
+    layout = [[key, str(dtype), shape] for key, (dtype, shape) in sorted(encoder.layout.items())]
     digest = xxhash.xxh3_128(json.dumps(layout).encode())
     for _, stored in sorted(encoder.tensors.items()):
         digest.update(encoder.checkpoint.tensor_hash(stored))
     return digest.hexdigest()
 
 
-def encoder_hash(name: str, encoder: SpecialistEncoder) -> str:
+def encoder_hash(encoder: SpecialistEncoder) -> str:
     """`xxh3:<hex>` of all that an encoder consists of: settings, weights, and the modality's own files."""
-    modality = modality_of(name, encoder)
+    modality = encoder.modality
     files = [content_hash(modality.folder / file) for file in modality.files]
     content = json.dumps([modality_settings(modality), weights_hash(encoder), files], sort_keys=True)
     return f"xxh3:{xxhash.xxh3_128_hexdigest(content.encode())}"
@@ -65,10 +55,10 @@ def write_modalities(plan: Plan, folder: Path) -> int:
     """Write all modalities, with files and weights, into `modalities` of an adapter; return the number of tensors."""
     for name, encoder in encoders_of(plan).items():
         place = folder / MODALITIES_FOLDER / name
-        save_modality(modality_of(name, encoder), place)
+        save_modality(encoder.modality, place)
         if encoder.tensors or encoder.made:
             # No shards: an encoder is read whole, by one call.
-            writer = CheckpointWriter(place, _layout(encoder), stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
+            writer = CheckpointWriter(place, encoder.layout, stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
             _copy(encoder, writer, "")
             writer.finish()
     return len(encoders_layout(plan))
@@ -79,7 +69,7 @@ def encoders_layout(plan: Plan) -> Layout:
     return {
         f"{ENCODERS_PREFIX}{name}.{key}": entry
         for name, encoder in encoders_of(plan).items()
-        for key, entry in _layout(encoder).items()
+        for key, entry in encoder.layout.items()
     }
 
 
@@ -97,17 +87,11 @@ def write_mllm_files(plan: Plan, folder: Path) -> None:
     from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
     from esmerge.mllm.loading import mllm_config
 
-    modalities = {name: modality_of(name, encoder) for name, encoder in encoders_of(plan).items()}
+    modalities = {name: encoder.modality for name, encoder in encoders_of(plan).items()}
     processor = MllmProcessor(AutoTokenizer.from_pretrained(folder), modalities)
     processor.save_pretrained(folder)
     config = mllm_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), processor).to_dict()
     write_json(folder / "config.json", {**config, "architectures": [MllmForConditionalGeneration.__name__]})
-
-
-def _layout(encoder: SpecialistEncoder) -> Layout:
-    infos = {key: encoder.checkpoint.info(stored) for key, stored in encoder.tensors.items()}
-    made = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in encoder.made.items()}
-    return {key: (info.dtype, info.shape) for key, info in infos.items()} | made
 
 
 def _copy(encoder: SpecialistEncoder, writer: CheckpointWriter, prefix: str) -> None:

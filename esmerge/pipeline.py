@@ -21,6 +21,7 @@ from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
 from esmerge.plan import Plan, make_plan
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
+from esmerge.remote_code import code_files
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals
 from esmerge.sources import Source, content_hash
@@ -29,7 +30,9 @@ from esmerge.writing import Output, make_output, write_all
 logger = logging.getLogger(__name__)
 
 
-def merge(recipe: Recipe, output: Path, progress: bool = True, resume: bool = False) -> dict[str, int]:
+def merge(
+    recipe: Recipe, output: Path, progress: bool = True, resume: bool = False, trust_remote_code: bool = False
+) -> dict[str, int]:
     """Merge the specialists of a recipe into a model in the new folder `output`.
 
     Everything that headers and configs can tell is checked before any weight is read, and nothing is left behind if
@@ -38,6 +41,7 @@ def merge(recipe: Recipe, output: Path, progress: bool = True, resume: bool = Fa
     Args:
         progress: show progress bars.
         resume: go on where a killed merge of the same recipe into the same folder stopped.
+        trust_remote_code: let the base's own code run.
 
     Returns:
         How many tensors were merged, how many copied from the base, and how many rows are a specialist's own.
@@ -46,7 +50,7 @@ def merge(recipe: Recipe, output: Path, progress: bool = True, resume: bool = Fa
         InputError: if the recipe or one of its inputs is at fault.
     """
     results.check_output(output)
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, trust_remote_code)
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, _fingerprint(plan), resume))
         scratch = stack.enter_context(Scratch(folder))
@@ -71,7 +75,11 @@ class Comparison:
 
 
 def compare(
-    recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], output: Path, progress: bool = True
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[str, Any]],
+    output: Path,
+    progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Comparison]:
     """Merge the same specialists in several ways, each into its own folder in the new folder `output`.
 
@@ -79,6 +87,7 @@ def compare(
 
     Args:
         variants: by the name of its folder, the fields `method` and `coefficients` of a recipe, as far as they differ.
+        trust_remote_code: let the base's own code run.
 
     Returns:
         What the results differ in, by variant.
@@ -93,7 +102,7 @@ def compare(
                 f"variant {name}: {other[0]} cannot vary in one comparison, only method and coefficients can."
             )
     recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
-    plans = {name: make_plan(variant) for name, variant in recipes.items()}
+    plans = {name: make_plan(variant, trust_remote_code) for name, variant in recipes.items()}
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, "", resume=False))
         first = next(iter(plans.values()))
@@ -250,9 +259,11 @@ def _inputs(plan: Plan, opened: Plan) -> dict[str, Any]:
     pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, opened.specialists, strict=True)]
     specialists = dict(zip(plan.recipe.specialists, pins, strict=True))
     for name, encoder in encoders_of(opened).items():
-        specialists[name]["encoder"] = encoder_hash(name, encoder)
+        specialists[name]["encoder"] = encoder_hash(encoder)
     _warn_of_twins(specialists)
     inputs: dict[str, Any] = {"base": pinned(plan.base, opened.checkpoint), "specialists": specialists}
+    if plan.trust_remote_code and plan.base.config().get("auto_map"):
+        inputs["base"]["code"] = {file.name: content_hash(file) for file in code_files(plan.base.folder)}
     for reference in _probe_files(plan):
         inputs.setdefault("probe", {})[reference] = content_hash(plan.path(reference))
     return inputs

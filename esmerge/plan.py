@@ -7,6 +7,7 @@ with the base's.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,12 +16,16 @@ from esmerge.checkpoint import Checkpoint
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.methods import METHODS
+from esmerge.modalities import Modality, TextModality
+from esmerge.modalities.modality import MissingPackageError, with_encoder
+from esmerge.modalities.registry import check_shapes, empty_encoder
 from esmerge.names import canonical_names, layer_of, natural_order
-from esmerge.probe import check_modalities, check_template
+from esmerge.probe import check_items, check_modalities, check_template, numbered_items
 from esmerge.recipe import Recipe, SignalsRecipe
+from esmerge.remote_code import check_remote_code, needs_remote_code
 from esmerge.scores import row_blocks
 from esmerge.sources import Source, resolve
-from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
+from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, SpecialistEncoder, open_specialist
 from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from esmerge.vocabulary import Vocabulary, join_vocabularies
 
@@ -78,6 +83,7 @@ class Plan:
         targets: all tensors of the result, in the order of the layers.
         vocabulary: of the result.
         untied: whether the result has output embeddings of its own though the base ties them to the input's.
+        trust_remote_code: whether the base's own code may run.
     """
 
     recipe: Recipe
@@ -88,6 +94,13 @@ class Plan:
     targets: list[Target]
     vocabulary: Vocabulary
     untied: bool
+    trust_remote_code: bool = False
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether anything but text goes into the merged model, so that it is more than an LLM."""
+        encoders = [specialist.encoder for specialist in self.specialists if specialist.encoder is not None]
+        return any(not isinstance(encoder.modality, TextModality) for encoder in encoders)
 
     @property
     def merged(self) -> list[Target]:
@@ -98,6 +111,12 @@ class Plan:
     def num_layers(self) -> int:
         """Number of decoder layers, as the base's tensors show it."""
         return 1 + max((target.layer for target in self.targets if target.layer is not None), default=-1)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether items go through encoders, for the probe."""
+        probe = self.recipe.probe
+        return isinstance(self.recipe.coefficients, SignalsRecipe) and probe is not None and probe.data is not None
 
     def path(self, reference: str) -> Path:
         """A path that the recipe gives, relative to the recipe's folder."""
@@ -133,13 +152,17 @@ def _plain(specialist: LoraSpecialist, name: str) -> bool:
     return name in specialist.modules and "lora_A" in specialist.stored_as(name)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
     """Open and check everything that a recipe names.
+
+    Args:
+        trust_remote_code: whether the base's own code may run.
 
     Raises:
         InputError: if an input is missing, or the inputs do not fit each other.
     """
-    base = resolve(recipe.base, recipe.folder, "base")
+    base = resolve(recipe.base, recipe.folder, "base", trust_remote_code)
+    check_remote_code(base.config(), trust_remote_code, f"the base {recipe.base}")
     if base.config().get("quantization_config"):
         raise InputError(f"the base {recipe.base} is quantised; use it in bfloat16, float16 or float32.")
     checkpoint = Checkpoint.open(base.folder)
@@ -147,6 +170,7 @@ def make_plan(recipe: Recipe) -> Plan:
     for name, entry in recipe.specialists.items():
         sources.append(resolve(entry.model, recipe.folder, f"specialists.{name}.model"))
         specialists.append(_open(recipe, name, sources[-1].folder))
+        check_remote_code(specialists[-1].config, trust_remote_code, f"the specialist {name}")
     _check_count(recipe)
     _check_origin(base, specialists)
     stored = canonical_names(
@@ -154,7 +178,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     targets, untied = _match(base, checkpoint, stored, specialists)
     targets, vocabulary = _join(base, targets, specialists)
-    plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied)
+    plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied, trust_remote_code)
     _check_modalities(plan)
     _check_frozen(plan)
     _check_distances(plan)
@@ -216,7 +240,12 @@ def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
 
 
 def _check_modalities(plan: Plan) -> None:
-    """Encoders must have a placeholder each, and make soft tokens as wide as the base's embeddings."""
+    """Encoders must have a placeholder each, be complete, and make soft tokens as wide as the base's embeddings."""
+    if plan.is_multimodal and plan.recipe.output.format == "full" and needs_remote_code(plan.base.config()):
+        raise InputError(
+            f"the base {plan.base.reference} needs code of its own, which a multimodal checkpoint cannot hold: use "
+            "output.format: adapter."
+        )
     owners: dict[str, str] = {}
     embeddings = next((target for target in plan.targets if target.name in INPUT_EMBEDDINGS), None)
     for specialist in plan.specialists:
@@ -229,15 +258,27 @@ def _check_modalities(plan: Plan) -> None:
                 "could tell them apart: give one of them another in the settings of its modality."
             )
         owners[encoder.placeholder] = specialist.name
-        if embeddings is None or encoder.projection is None:
-            continue
-        tensor, width = encoder.projection
-        if width != embeddings.shape[1]:
-            raise InputError(
-                f"{encoder.checkpoint.info(tensor).file}: {tensor} makes soft tokens of size {width}, the base "
-                f"{plan.base.reference} has hidden_size {embeddings.shape[1]}: {specialist.name} was trained with "
-                "another base."
-            )
+        if embeddings is not None:
+            _check_encoder(plan, specialist.name, encoder, embeddings.shape[1])
+
+
+def _check_encoder(plan: Plan, name: str, encoder: SpecialistEncoder, hidden_size: int) -> None:
+    if isinstance(encoder.modality, TextModality):
+        return
+    tensor, width = encoder.projection or ("", hidden_size)
+    if width != hidden_size:
+        raise InputError(
+            f"{encoder.checkpoint.info(tensor).file}: {tensor} makes soft tokens of size {width}, the base "
+            f"{plan.base.reference} has hidden_size {hidden_size}: {name} was trained with another base."
+        )
+    try:
+        built = empty_encoder(encoder.modality, hidden_size)
+    except MissingPackageError:
+        if plan.encodes:
+            raise
+        return
+    shapes = {key: shape for key, (_, shape) in encoder.layout.items()}
+    check_shapes(encoder.modality, built, hidden_size, shapes, f"the encoder of {name} in {encoder.place}")
 
 
 def _check_frozen(plan: Plan) -> None:
@@ -497,6 +538,32 @@ def _check_probe(plan: Plan) -> None:
     for name, reference in probe.data.items():
         if not plan.path(reference).is_file():
             raise InputError(f"probe.data.{name}: the file {plan.path(reference)} does not exist.")
+    _check_items(plan)
+
+
+def _check_items(plan: Plan) -> None:
+    """Every item must be one of its modality, before anything that takes long begins."""
+    probe = plan.recipe.probe
+    assert probe is not None and probe.data is not None and probe.samples is not None and probe.template is not None
+    modalities = {
+        s.name: s.encoder.modality if s.encoder else TextModality(placeholder=f"{{{s.name}}}") for s in plan.specialists
+    }
+    tokens = {modality.placeholder: name for name, modality in with_encoder(modalities).items()}
+    for token, name in tokens.items():
+        if token in probe.template:
+            raise InputError(f"probe.template has {token} in it, which stands for items of {name}: write {{{name}}}.")
+
+    def check(modality: Modality, item: str) -> None:
+        if not isinstance(modality, TextModality):
+            modality.soft_tokens(modality.features(item))
+            return
+        text = modality.render(item)
+        if token := next((token for token in tokens if token in text), None):
+            raise InputError(f"{item[:60]!r} has {token} in it, which stands for items of {tokens[token]}.")
+
+    for name, modality in modalities.items():
+        file = plan.path(probe.data[name])
+        check_items(numbered_items(file, probe.samples, name), partial(check, modality), f"probe.data.{name}: {file}")
 
 
 def common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:

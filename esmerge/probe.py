@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
+from esmerge.modalities.modality import MissingPackageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,19 +140,53 @@ def check_modalities(present: Sequence[str], specialists: Sequence[str], source:
 
 def read_items(file: Path, samples: int, modality: str) -> list[str]:
     """The first `samples` non-empty lines of a text file, one item per line."""
+    return list(numbered_items(file, samples, modality).values())
+
+
+def numbered_items(file: Path, samples: int, modality: str) -> dict[int, str]:
+    """As `read_items`, each with the number of its line."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        # Only what editors call a line is one; spreadsheets mark the beginning of their files.
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"probe.data.{modality}: {file} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise InputError(f"probe.data.{modality}: {file} is no UTF-8 text file.") from error
-    items = [line for line in lines if line]
+    items = {number: line.strip() for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
     if len(items) < samples:
         raise InputError(
             f"probe.data.{modality}: {file} has {len(items)} items, probe.samples asks for {samples}: "
             "add items or lower probe.samples."
         )
-    return items[:samples]
+    return dict(list(items.items())[:samples])
+
+
+def check_items(items: Mapping[int, str], check: Callable[[str], object], source: str) -> None:
+    """Have all items checked; `InputError` names the first that is at fault, and the lines of the others.
+
+    Args:
+        items: by the number of their line.
+        check: raises `InputError` if an item is at fault.
+        source: the file.
+    """
+    faults: dict[int, str] = {}
+    known: dict[str, str | None] = {}
+    for line, item in items.items():
+        if item not in known:
+            try:
+                check(item)
+                known[item] = None
+            except MissingPackageError:
+                raise
+            except InputError as error:
+                known[item] = str(error)
+        if (fault := known[item]) is not None:
+            faults[line] = fault
+    if faults:
+        first, *others = faults
+        shown = [str(line) for line in others[:5]] + (["..."] if len(others) > 5 else [])
+        also = f" (also at fault: {', '.join(shown)})" if others else ""
+        raise InputError(f"{source}, line {first}{also}: {faults[first]}")
 
 
 def fill_template(template: str, items: Mapping[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from esmerge.backbone import Backbone
 from esmerge.cache import user_cache
 from esmerge.deltas import Delta, LoraDelta
-from esmerge.encoders import encoders_of, modality_of, weights_hash, weights_of
+from esmerge.encoders import encoders_of, weights_hash, weights_of
 from esmerge.errors import InputError
 from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
@@ -20,7 +20,8 @@ from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
 
-# Items that an encoder takes at a time.
+# Items that an encoder takes at a time. On a CPU one: batches are hardly faster there, and an item's soft tokens, which
+# are kept for other merges, must not depend on what else one of them encodes, not even in the last bit.
 ENCODER_BATCH_SIZE = 8
 
 
@@ -29,7 +30,7 @@ def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSi
     recipe, settings = plan.recipe, plan.recipe.coefficients
     assert isinstance(settings, SignalsRecipe) and recipe.probe is not None
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
-    backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint)
+    backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint, plan.trust_remote_code)
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
@@ -83,11 +84,11 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
     if chat_template is not None and "{" not in chat_template:
         chat_template = plan.path(chat_template).read_text(encoding="utf-8")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=plan.trust_remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
     encoders = encoders_of(plan)
-    modalities = {name: modality_of(name, encoder) for name, encoder in encoders.items()}
+    modalities = {name: encoder.modality for name, encoder in encoders.items()}
     add_placeholders(tokenizer, modalities)
     soft_tokens = {}
     for name, modality in modalities.items():
@@ -108,7 +109,7 @@ def _soft_tokens(
         modality,
         load_encoder(modality, weights_of(encoder), backbone.hidden_size, source=source),
         items,
-        ENCODER_BATCH_SIZE,
+        1 if backbone.device.type == "cpu" else ENCODER_BATCH_SIZE,
         user_cache("ESMERGE_ENCODER_CACHE", "soft_tokens"),
         weights_hash(encoder),
         backbone.device,

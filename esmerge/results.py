@@ -18,6 +18,7 @@ from torch import Tensor
 from esmerge import __version__
 from esmerge.checkpoint import Checkpoint, CheckpointWriter
 from esmerge.errors import InputError
+from esmerge.remote_code import code_files
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
 RECORD_FILE = "esmerge.yaml"
@@ -97,13 +98,21 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     _copy(base, folder, _TOKENIZER_FILES)
 
 
-def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any]) -> None:
-    """Copy tokenizer and configs of a full checkpoint, with `changes` in its config.json."""
+def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any], with_code: bool = False) -> None:
+    """Copy tokenizer and configs of a full checkpoint, with `changes` in its config.json.
+
+    Args:
+        with_code: whether the user trusts the base's own code; otherwise the result neither has nor names it.
+    """
     _copy(base, folder, (*_TOKENIZER_FILES, *_CONFIG_FILES))
-    if changes:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if with_code and config.get("auto_map"):
+        _copy(base, folder, [file.name for file in code_files(base)])
+    if changes or (config.get("auto_map") and not with_code):
         if "dtype" in changes:
             config.pop("torch_dtype", None)
+        if not with_code:
+            config.pop("auto_map", None)
         write_json(folder / "config.json", {**config, **changes})
 
 

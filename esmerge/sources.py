@@ -44,12 +44,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def resolve(reference: str, relative_to: Path, field: str) -> Source:
+def resolve(reference: str, relative_to: Path, field: str, with_code: bool = False) -> Source:
     """Find a folder, or download a Hub repository (`user/repo` or `user/repo@revision`) and pin its commit.
 
     Args:
         relative_to: the folder that relative paths start from.
         field: the recipe's field, for messages.
+        with_code: whether the user trusts the code in a Hub repository, so that it is downloaded too.
     """
     folder = relative_to / Path(reference).expanduser()
     if folder.is_dir():
@@ -59,15 +60,15 @@ def resolve(reference: str, relative_to: Path, field: str) -> Source:
     repository, _, revision = reference.partition("@")
     if reference.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise InputError(f"{field}: the folder {folder} does not exist.")
-    return _download(repository, revision or None, field)
+    return _download(repository, revision or None, field, [*PATTERNS, "*.py"] if with_code else PATTERNS)
 
 
-def _download(repository: str, revision: str | None, field: str) -> Source:
+def _download(repository: str, revision: str | None, field: str, patterns: list[str]) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise InputError(f"{field}: {repository} is neither a folder nor a valid Hub id.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

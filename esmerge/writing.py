@@ -19,7 +19,6 @@ from esmerge.encoders import (
     LLM_PREFIX,
     copy_encoders,
     encoders_layout,
-    is_multimodal,
     write_mllm_files,
     write_modalities,
 )
@@ -200,7 +199,7 @@ class FullOutput(Output):
         self.targets = plan.targets
         self._dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
         # Around the LLM of a multimodal model there is one more module.
-        self._prefix = LLM_PREFIX if is_multimodal(plan) else ""
+        self._prefix = LLM_PREFIX if plan.is_multimodal else ""
         layout = {
             self.key(target): (
                 self._dtype if self._dtype and target.dtype.is_floating_point else target.dtype,
@@ -252,9 +251,9 @@ class FullOutput(Output):
             changes["vocab_size"] = plan.vocabulary.size
         if plan.untied:
             changes["tie_word_embeddings"] = False
-        results.copy_model_files(plan.base.folder, self.folder, changes)
+        results.copy_model_files(plan.base.folder, self.folder, changes, plan.trust_remote_code)
         write_tokenizer(plan.base.folder, self.folder, plan.vocabulary)
-        if is_multimodal(plan):
+        if plan.is_multimodal:
             write_mllm_files(plan, self.folder)
         else:
             write_modalities(plan, self.folder)

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from esmerge.errors import InputError
 from esmerge.mllm.configuration_mllm import MllmConfig
 from esmerge.mllm.modeling_mllm import MllmForConditionalGeneration
 from esmerge.mllm.processing_mllm import MllmProcessor, open_modalities
-from esmerge.modalities import Modality
+from esmerge.modalities import Encoder
 from esmerge.modalities.modality import with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, load_encoder, modality_settings
+from esmerge.remote_code import check_remote_code
 from esmerge.sources import read_json, resolve
 
 
@@ -23,6 +24,7 @@ def load_model(
     base: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """A merged model, a specialist, or any causal LLM, and its processor.
 
@@ -31,51 +33,57 @@ def load_model(
             `modalities/`, or of a plain LLM.
         base: of an adapter; by default the one that the adapter names.
         dtype, device_map: as `from_pretrained` of transformers takes them.
+        trust_remote_code: let code that comes with the LLM run, if it needs some.
 
     Raises:
         InputError: if the folder holds no such model.
     """
-    folder = resolve(str(model), Path(), "the model").folder
+    folder = resolve(str(model), Path(), "the model", trust_remote_code).folder
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if (folder / "adapter_config.json").exists():
-        return _load_adapter(folder, base, dtype, device_map)
+        return _load_adapter(folder, base, options)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} has neither adapter_config.json nor config.json: it holds no model.")
-    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": False}
-    if read_json(folder / "config.json").get("model_type") == MllmConfig.model_type:
+    config = read_json(folder / "config.json")
+    check_remote_code(config, trust_remote_code, f"the model {model}")
+    if config.get("model_type") == MllmConfig.model_type:
         loaded = MllmForConditionalGeneration.from_pretrained(folder, **options)
         return loaded.eval(), MllmProcessor.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, **options)
-    processor = MllmProcessor(AutoTokenizer.from_pretrained(folder), open_modalities(folder))
-    return assemble(llm, processor, load_encoders(folder, processor.modalities, llm)).eval(), processor
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    processor = MllmProcessor(tokenizer, open_modalities(folder))
+    return assemble(llm, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
 
 def _load_adapter(
-    folder: Path, base: str | Path | None, dtype: torch.dtype | str, device_map: Any
+    folder: Path, base: str | Path | None, options: Mapping[str, Any]
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     from peft import PeftModel
 
     named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not named:
         raise InputError(f"{folder / 'adapter_config.json'} does not name its base_model_name_or_path: give the base.")
-    source = resolve(str(named), Path(), "the base").folder
-    llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, trust_remote_code=False)
+    trusted = options["trust_remote_code"]
+    source = resolve(str(named), Path(), "the base", trusted).folder
+    check_remote_code(read_json(source / "config.json"), trusted, f"the base {named}")
+    llm = AutoModelForCausalLM.from_pretrained(source, **options)
     # In the base's dtype: PEFT's default of float32 casts every activation to and fro.
     adapted: Any = PeftModel.from_pretrained(llm, folder, autocast_adapter_dtype=False)
     has_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else source)
+    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else source, trust_remote_code=trusted)
     processor = MllmProcessor(tokenizer, open_modalities(folder))
-    return assemble(adapted, processor, load_encoders(folder, processor.modalities, llm)).eval(), processor
+    return assemble(adapted, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
 
-def load_encoders(folder: Path, modalities: Mapping[str, Modality], llm: PreTrainedModel) -> dict[str, nn.Module]:
+def _load_encoders(folder: Path, processor: MllmProcessor, llm: PreTrainedModel) -> dict[str, Encoder]:
     """The encoders in a folder's `modalities`, with dtype and device of the LLM's embeddings."""
     embeddings: Tensor = llm.get_input_embeddings().weight
-    return {
-        name: load_encoder(modality, folder / MODALITIES_FOLDER / name, llm.config.get_text_config().hidden_size).to(
-            embeddings.device, embeddings.dtype
-        )
-        for name, modality in with_encoder(modalities).items()
-    }
+    encoders = {}
+    for name, modality in with_encoder(processor.modalities).items():
+        encoder = load_encoder(modality, folder / MODALITIES_FOLDER / name, embeddings.shape[1])
+        processor.modalities[name] = encoder.settings(modality)
+        encoders[name] = encoder.to(embeddings.device, embeddings.dtype)
+    return encoders
 
 
 def mllm_config(text_config: Any, processor: MllmProcessor) -> MllmConfig:
@@ -88,11 +96,14 @@ def mllm_config(text_config: Any, processor: MllmProcessor) -> MllmConfig:
     return MllmConfig(text_config=text_config, modalities=settings, dtype=getattr(text_config, "dtype", None))
 
 
-def assemble(llm: Any, processor: MllmProcessor, encoders: Mapping[str, nn.Module]) -> MllmForConditionalGeneration:
+def assemble(llm: Any, processor: MllmProcessor, encoders: Mapping[str, Encoder]) -> MllmForConditionalGeneration:
     """A multimodal model of an LLM, PEFT's or transformers', and encoders that exist already."""
+    from peft import PeftModel
+
     config = mllm_config(llm.config, processor)
+    plain = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     with torch.device("meta"):
-        model = MllmForConditionalGeneration(config)
+        model = MllmForConditionalGeneration(config, type(plain))
     model.language_model = llm
     for name, encoder in encoders.items():
         model.encoders[name] = encoder

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from esmerge.errors import InputError
 from esmerge.mllm.configuration_mllm import MllmConfig
 from esmerge.modalities.modality import Encoder, Features, feature_name, split_features
+from esmerge.modalities.registry import empty_encoder
 
 _GETTER = re.compile(r"get_(\w+)_features$")
 # Name of a feature that takes the place of all others: soft tokens made before, [sum of n_i, hidden].
@@ -24,6 +25,9 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Beside the LLM's own, it takes as inputs `<modality>_<feature>` for each feature that the modality's encoder needs
     (a processor makes them), or `<modality>_soft_tokens` [sum of n_i, hidden]. The items of a modality come in the
     order of their placeholders, row after row of the batch. `get_<modality>_features(**features)` gives soft tokens.
+
+    Args:
+        llm_class: of the LLM; by default that which transformers has for its configuration.
     """
 
     config_class = MllmConfig
@@ -35,19 +39,26 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    # The configuration of an ESM encoder determines them.
-    _keys_to_ignore_on_save: ClassVar[list[str]] = [r"rotary_embeddings\.inv_freq"]
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_embeddings\.inv_freq"]
 
     config: MllmConfig
 
-    def __init__(self, config: MllmConfig) -> None:
+    def __init__(self, config: MllmConfig, llm_class: type[PreTrainedModel] | None = None) -> None:
         super().__init__(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        make = AutoModelForCausalLM.from_config if llm_class is None else llm_class._from_config
+        self.language_model: Any = make(config.text_config)
         names = [name for name in config.modalities if config.placeholder_id(name) is not None]
         self.encoders = nn.ModuleDict({name: config.modality(name).build(config.hidden_size) for name in names})
         self._no_split_modules = [*(self.language_model._no_split_modules or ()), *self._encoder_classes()]
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As that of any model of transformers."""
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, encoder in model.encoders.items():
+            _restore_buffers(encoder, empty_encoder(model.config.modality(name), model.config.hidden_size))
+        return loaded
 
     def _encoder_classes(self) -> list[str]:
         return sorted({type(encoder).__name__ for encoder in self.encoders.values()})
@@ -81,7 +92,8 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return features[SOFT_TOKENS]
         encoder = self.encoders[modality]
         assert isinstance(encoder, Encoder)
-        dtype = next(encoder.parameters()).dtype
+        # An encoder without parameters hands on soft tokens that were made for the LLM.
+        dtype = next((p.dtype for p in encoder.parameters()), self.dtype)
         found: Tensor = encoder(**{n: f.to(dtype) if f.is_floating_point() else f for n, f in features.items()})
         return found
 
@@ -175,3 +187,12 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = split_features(list(self.encoders), kwargs)
         taken = {feature_name(name, feature) for name, own in features.items() for feature in own}
         return features, {key: value for key, value in kwargs.items() if key not in taken}
+
+
+def _restore_buffers(encoder: nn.Module, built: nn.Module) -> None:
+    """Give an encoder the buffers that no checkpoint has, as it was built with: transformers loads into empty ones."""
+    for name, module in encoder.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            value, empty = built.get_submodule(name)._buffers[leaf], module._buffers[leaf]
+            if value is not None and empty is not None:
+                module._buffers[leaf] = value.to(empty.device)

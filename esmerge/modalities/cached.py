@@ -47,6 +47,10 @@ class CachedModality(Modality):
     def files(self) -> tuple[str, ...]:
         return (self.features_file,)
 
+    @property
+    def weightless(self) -> bool:
+        return self.projector == "none"
+
     def features(self, item: str) -> Features:
         """The item's features, [n, width], float32."""
         file = self.folder / self.features_file

@@ -1,25 +1,27 @@
 """Items -> soft tokens in batches, each item once, kept on disk from one run to the next."""
 
 import json
-import os
+import logging
+import uuid
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
-from esmerge.modalities.modality import Encoder, Modality
+from esmerge.modalities.modality import Encoder, Features, Modality
 from esmerge.modalities.registry import modality_settings
 from esmerge.rawio import bytes_of
 
-# Changes with anything that makes cached soft tokens out of date though settings and weights are the same.
-CACHE_VERSION = 1
-_READ_BYTES = 1 << 22
+logger = logging.getLogger(__name__)
+
 _TENSOR = "soft_tokens"
 
 
@@ -39,7 +41,7 @@ def encode_items(
     Args:
         encoder: of the modality; it is moved to `device` and `dtype` and put in evaluation mode.
         batch_size: items at a time; they are sorted by length, so that little is padded.
-        cache: a folder for results; None for none.
+        cache: a folder for results; None for none. One that cannot be used costs time, and nothing else.
         weights_hash: tells the encoder's weights from others in the cache, as `Checkpoint.content_hash` does.
         device: where the encoder runs.
         dtype: in which it runs, and of the results.
@@ -51,20 +53,18 @@ def encode_items(
     Raises:
         InputError: if an item is not valid; before anything is encoded.
     """
-    wanted = list(dict.fromkeys(items))
-    files = {}
-    done = {}
+    features = {item: modality.features(item) for item in dict.fromkeys(items)}
+    counts = {item: modality.soft_tokens(own) for item, own in features.items()}
+    files, done = {}, {}
     if cache is not None:
-        common = _common_key(modality, weights_hash, dtype)
-        for item in wanted:
-            files[item] = _cache_file(cache, common, item)
-            found = _read(files[item], dtype)
-            if found is not None:
+        common = _common_key(modality, weights_hash, dtype, torch.device(device))
+        files = {item: _cache_file(cache, common, own) for item, own in features.items()}
+        for item, file in files.items():
+            found = _read(file, dtype)
+            if found is not None and len(found) == counts[item]:
                 done[item] = found
-    features = {item: modality.features(item) for item in wanted if item not in done}
-    counts = {item: modality.soft_tokens(features[item]) for item in features}
     # The longest first: if memory does not suffice, that shows at once.
-    queue = sorted(features, key=lambda item: -counts[item])
+    queue = sorted(features.keys() - done.keys(), key=lambda item: (-counts[item], item))
     if queue:
         encoder.to(device, dtype).eval()
     with (
@@ -82,31 +82,27 @@ def encode_items(
                 )
             for item, tokens in zip(batch, packed.split(sizes), strict=True):
                 done[item] = tokens.to("cpu", dtype, copy=True)
-                if cache is not None:
-                    _write(files[item], done[item])
+                if files and not _written(files[item], done[item]):
+                    files = {}
             bar.update(len(batch))
     return [done[item] for item in items]
 
 
-def _common_key(modality: Modality, weights_hash: str, dtype: torch.dtype) -> str:
-    settings = json.dumps(modality_settings(modality), sort_keys=True)
-    own = [_file_hash(modality.folder / name) for name in modality.files]
-    return json.dumps([CACHE_VERSION, settings, weights_hash, str(dtype), own])
+def _common_key(modality: Modality, weights_hash: str, dtype: torch.dtype, device: torch.device) -> str:
+    """All that soft tokens depend on beside an item's features, to the last bit."""
+    packages = [version("torch"), version("transformers")]
+    return json.dumps(
+        [modality.version, modality_settings(modality), weights_hash, str(dtype), device.type, packages], sort_keys=True
+    )
 
 
-def _file_hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as stream:
-            while data := stream.read(_READ_BYTES):
-                digest.update(data)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); the modality needs it.") from error
-    return digest.hexdigest()
-
-
-def _cache_file(cache: Path, common: str, item: str) -> Path:
-    name = xxhash.xxh3_128_hexdigest(json.dumps([common, item]).encode())
+def _cache_file(cache: Path, common: str, features: Features) -> Path:
+    digest = xxhash.xxh3_128(common.encode())
+    for name, tensor in sorted(features.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():
+            digest.update(bytes_of(tensor.contiguous()))
+    name = digest.hexdigest()
     return cache / name[:2] / f"{name}.safetensors"
 
 
@@ -115,21 +111,32 @@ def _content_hash(tensor: Tensor) -> str:
 
 
 def _read(file: Path, dtype: torch.dtype) -> Tensor | None:
-    """What `_write` left in a file; None if that is missing or damaged in any way."""
-    if not file.exists():
-        return None
+    """What `_written` left in a file; None if that is missing or damaged in any way."""
     try:
+        if not file.exists():
+            return None
         with Checkpoint.open_file(file) as checkpoint:
             tensor = checkpoint.read(_TENSOR)
             stated = checkpoint.metadata.get("xxh3")
-    except (InputError, OSError):
+    # A damaged header can say anything.
+    except (InputError, OSError, ValueError, TypeError, AttributeError, RuntimeError):
         return None
     return tensor if tensor.dtype == dtype and tensor.dim() == 2 and stated == _content_hash(tensor) else None
 
 
-def _write(file: Path, tensor: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _written(file: Path, tensor: Tensor) -> bool:
+    """Keep soft tokens in a file; whether that worked."""
     # Another process may encode the same item: each writes its own file and moves it there whole.
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file({_TENSOR: tensor}, part, metadata={"xxh3": _content_hash(tensor)})
-    part.replace(file)
+    part = file.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({_TENSOR: tensor}, part, metadata={"xxh3": _content_hash(tensor)})
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        logger.warning("soft tokens cannot be kept in %s (%s): they will be made again", file.parents[1], reason)
+        return False
+    return True

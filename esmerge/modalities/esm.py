@@ -1,7 +1,7 @@
 """Proteins by ESM-2 and a projector, laid out as in Prot2Text-V2 (Fei et al., arXiv 2505.11194; its public code)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -21,6 +21,35 @@ _RESIDUES = {token: number for token, number in _IDS.items() if token.isalpha()}
 # What an EsmConfig must say to agree with the alphabet.
 _SPECIAL = {"pad_token_id": _IDS["<pad>"], "mask_token_id": _IDS["<mask>"]}
 _FREQUENCIES = "rotary_embeddings.inv_freq"
+# What implementations of powers differ by.
+_POWER_ERROR = 3e-7
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def _precision(name: str, stored: Tensor, encoder: Mapping[str, Any]) -> Precision:
+    """To which precision the rotary frequencies in a checkpoint were rounded.
+
+    A model that was trained in half precision was often trained with frequencies that had been rounded to it, which
+    moves the angles of late residues: it must keep them.
+    """
+    width = int(encoder["hidden_size"]) // int(encoder["num_attention_heads"])
+    computed = 1 / 10000 ** (torch.arange(0, width, 2) / width)
+    if stored.shape != computed.shape:
+        raise InputError(
+            f"the encoder's tensor {name} has shape {list(stored.shape)}, expected {list(computed.shape)}: "
+            "num_attention_heads or hidden_size of the setting encoder is wrong."
+        )
+    if torch.allclose(stored.float(), computed, rtol=_POWER_ERROR, atol=0):
+        return "float32"
+    halves: tuple[Precision, ...] = ("bfloat16", "float16")
+    for precision in halves:
+        if torch.equal(stored.float(), computed.to(getattr(torch, precision)).float()):
+            return precision
+    raise InputError(
+        f"the encoder's tensor {name} holds other rotary frequencies than those of ESM-2, which no setting of the kind "
+        "esm gives: download or save the checkpoint again."
+    )
 
 
 class EsmModality(Modality):
@@ -31,14 +60,17 @@ class EsmModality(Modality):
         intermediate_size: of the projector.
         dropout: of the projector, in training.
         max_residues: longer sequences are cut off after that many residues.
+        frequencies: the precision to which the encoder's rotary frequencies are rounded; they are never stored.
     """
 
     kind: ClassVar[str] = "esm"
     empty_build: ClassVar[bool] = True
+    derived: ClassVar[str] = "positions and rotary frequencies of ESM, which its config determines"
     encoder: dict[str, Any]
     intermediate_size: int = Field(default=2048, gt=0)
     dropout: float = Field(default=0.3, ge=0, lt=1)
     max_residues: int = Field(default=1022, gt=0)
+    frequencies: Precision = "float32"
 
     @field_validator("encoder")
     @classmethod
@@ -77,6 +109,38 @@ class EsmModality(Modality):
         batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IDS["<pad>"])
         return batch
 
+    def adopt(self, names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[dict[str, str], dict[str, Any]]:
+        """Checkpoints of older versions of transformers hold what nothing looks up, and rotary frequencies.
+
+        Of these there is one tensor for each layer (transformers 4), one for all (5), or one named after no layer
+        (`layer.*.`, some 5.x); the precision to which they are rounded becomes a setting.
+        """
+        rotary = self.encoder.get("position_embedding_type") == "rotary"
+        unused = ["encoder.embeddings.position_ids"]
+        unused += ["encoder.embeddings.position_embeddings.weight"] if rotary else []
+        kept: dict[str, str] = {}
+        precisions: dict[Precision, str] = {}
+        for name in names:
+            if name.startswith("encoder.") and name.endswith(_FREQUENCIES):
+                if rotary:
+                    precisions.setdefault(_precision(name, read(name), self.encoder), name)
+            elif name not in unused:
+                # transformers 5 saves the norms of an EsmModel under the names of TensorFlow, and reads both.
+                today = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+                if today in kept:
+                    raise InputError(
+                        f"the encoder has one tensor in two places ({kept[today]}, {name}): save it again."
+                    )
+                kept[today] = name
+        if len(precisions) > 1:
+            one, other = list(precisions.values())[:2]
+            raise InputError(
+                f"the encoder's tensors {one} and {other} hold different rotary frequencies, but ESM has the same in "
+                "all layers: download or save the checkpoint again."
+            )
+        precision = next(iter(precisions), self.frequencies)
+        return kept, {} if precision == self.frequencies else {"frequencies": precision}
+
     def build(self, hidden_size: int) -> "EsmEncoder":
         return EsmEncoder(self, hidden_size)
 
@@ -103,12 +167,7 @@ class EsmProjector(nn.Module):
 
 
 class EsmEncoder(Encoder):
-    """`encoder` (transformers' EsmModel without a pooler) and `projector`.
-
-    Checkpoints of older versions of transformers are taken as they are: position embeddings that rotary models never
-    use are left out, and rotary frequencies are taken over where they differ from the computed ones (in half
-    precision, they do). Frequencies that do not differ are neither needed nor saved.
-    """
+    """`encoder` (transformers' EsmModel without a pooler) and `projector`."""
 
     def __init__(self, settings: EsmModality, hidden_size: int) -> None:
         from transformers import EsmConfig, EsmModel
@@ -132,8 +191,13 @@ class EsmEncoder(Encoder):
                     f"for {room} residues only: lower it."
                 )
         self.projector = EsmProjector(config.hidden_size, settings.intermediate_size, hidden_size, settings.dropout)
-        self._set_frequencies(None)
-        self.register_load_state_dict_pre_hook(_take_old_names)
+        self._frequencies = settings.frequencies
+        for _, module in self._rotary():
+            rounded = module.get_buffer("inv_freq").to(getattr(torch, settings.frequencies)).float()
+            module.register_buffer("inv_freq", rounded, persistent=False)
+
+    def settings(self, modality: Modality) -> Modality:
+        return modality.model_copy(update={"frequencies": self._frequencies})
 
     def forward(self, **features: Tensor) -> Tensor:
         """From `input_ids` and `attention_mask`, each [items, n], to the soft tokens, [sum of n_i, hidden]."""
@@ -145,12 +209,6 @@ class EsmEncoder(Encoder):
         modules = self.encoder.named_modules(prefix="encoder")
         return [(name, module) for name, module in modules if "inv_freq" in dict(module.named_buffers(recurse=False))]
 
-    def _set_frequencies(self, values: Tensor | None) -> None:
-        """Take rotary frequencies from a checkpoint, or (None) the computed ones, which need not be saved."""
-        for _, module in self._rotary():
-            buffer = module.get_buffer("inv_freq") if values is None else values.float()
-            module.register_buffer("inv_freq", buffer, persistent=values is not None)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Angles are frequencies times positions: frequencies rounded to half precision are wrong after a few residues.
         kept = {name: module.get_buffer("inv_freq") for name, module in self._rotary()}
@@ -160,26 +218,3 @@ class EsmEncoder(Encoder):
                 # Put where it is: setting the attribute would make it a buffer that is saved.
                 module._buffers["inv_freq"] = kept[name].to(module.get_buffer("inv_freq").device)
         return self
-
-
-def _take_old_names(encoder: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Bring the tensors of an older EsmModel to today's names, before they are loaded."""
-    assert isinstance(encoder, EsmEncoder)
-    rotary = encoder._rotary()
-    unused = f"{prefix}encoder.embeddings.position_embeddings.weight"
-    if rotary and unused.removeprefix(prefix) not in encoder.state_dict():
-        weights.pop(unused, None)
-    # One for each layer (transformers 4), one for all (5), or one named after no layer at all (written by some 5.x).
-    stored = [name for name in weights if name.startswith(f"{prefix}encoder.") and name.endswith(_FREQUENCIES)]
-    frequencies = [weights.pop(name) for name in stored]
-    if not rotary or not frequencies:
-        return
-    computed = rotary[0][1].get_buffer("inv_freq")
-    if frequencies[0].shape != computed.shape:
-        raise InputError(
-            f"the encoder's tensor {stored[0].removeprefix(prefix)} has shape {list(frequencies[0].shape)}, expected "
-            f"{list(computed.shape)}: num_attention_heads or hidden_size of the setting encoder is wrong."
-        )
-    if not torch.equal(frequencies[0].float(), computed):
-        encoder._set_frequencies(frequencies[0])
-        weights |= {f"{prefix}{name}.inv_freq": frequencies[0].float() for name, _ in rotary}

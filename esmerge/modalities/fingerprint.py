@@ -1,5 +1,6 @@
 """Molecules by their Morgan fingerprint and a small network: an encoder that trains in minutes, without downloads."""
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -7,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from esmerge.errors import InputError
-from esmerge.modalities.modality import Encoder, Features, Modality, shorten
+from esmerge.modalities.modality import Encoder, Features, Modality
+from esmerge.modalities.smiles import parse_smiles
 
 # About that of word embeddings, so that untrained soft tokens do not drown the text.
 _INITIAL_SCALE = 0.02
@@ -32,12 +33,17 @@ class FingerprintModality(Modality):
 
     def features(self, item: str) -> Features:
         """Logarithms of one plus the counts, [n_bits], float32."""
-        generator = _generator(self.radius, self.n_bits)
-        counts = generator.GetCountFingerprintAsNumPy(_molecule(item))
+        molecule = parse_smiles(item)
+        counts = _generator(self.radius, self.n_bits).GetCountFingerprintAsNumPy(molecule)
         return {"values": torch.from_numpy(counts.astype("float32")).log1p()}
 
     def soft_tokens(self, features: Features) -> int:
         return self.tokens
+
+    def projection(self, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int] | None:
+        found = super().projection(shapes)
+        # All soft tokens come out of one row of units.
+        return found and (found[0], found[1] // self.tokens)
 
     def build(self, hidden_size: int) -> "FingerprintEncoder":
         return FingerprintEncoder(self, hidden_size)
@@ -63,26 +69,8 @@ class FingerprintEncoder(Encoder):
         return self.projector(states).view(-1, self.hidden_size)
 
 
-def _rdkit() -> Any:
-    try:
-        from rdkit import Chem, rdBase
-        from rdkit.Chem import rdFingerprintGenerator
-    except ImportError as error:
-        raise InputError("fingerprints of molecules need RDKit: pip install rdkit") from error
-    return Chem, rdBase, rdFingerprintGenerator
-
-
 @lru_cache(maxsize=8)
 def _generator(radius: int, n_bits: int) -> Any:
-    return _rdkit()[2].GetMorganGenerator(radius=radius, fpSize=n_bits)
+    from rdkit.Chem import rdFingerprintGenerator
 
-
-def _molecule(smiles: str) -> Any:
-    chem, base, _ = _rdkit()
-    # RDKit writes why it failed to the standard error output itself.
-    with base.BlockLogs():
-        molecule = chem.MolFromSmiles(smiles)
-    # Nothing at all is a molecule without atoms to RDKit.
-    if molecule is None or not molecule.GetNumAtoms():
-        raise InputError(f"{shorten(smiles)} is no valid SMILES: correct it or leave it out.")
-    return molecule
+    return rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=n_bits)

@@ -1,7 +1,7 @@
 """What a modality is: a placeholder token, and a way from an item (a SMILES, a sequence) to soft tokens."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor, nn
 
 from esmerge.errors import InputError
+from esmerge.names import natural_order
 
 Features = dict[str, Tensor]
+
+
+class MissingPackageError(InputError):
+    """A modality needs a package that is not installed; without it, an encoder can be copied, but not run."""
 
 
 class Modality(BaseModel, ABC):
@@ -26,12 +31,17 @@ class Modality(BaseModel, ABC):
             positions as the item has soft tokens.
         empty_build: whether `build` works where parameters have no memory (accelerate's `init_empty_weights`), which
             saves initialising those that are loaded anyway.
+        version: another one with each change by which the same settings, weights and features give other soft tokens:
+            those that were kept on disk are then made again.
+        derived: what the tensors are that `adopt` leaves out.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     kind: ClassVar[str]
     empty_build: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    derived: ClassVar[str] = "what the settings of the encoder determine"
     placeholder: str = Field(min_length=1)
 
     _folder: Path = PrivateAttr(default_factory=Path)
@@ -45,6 +55,11 @@ class Modality(BaseModel, ABC):
     def files(self) -> tuple[str, ...]:
         """Names of files in its folder that it needs beside the settings and the weights."""
         return ()
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the encoder has no weights to load."""
+        return False
 
     @abstractmethod
     def features(self, item: str) -> Features:
@@ -62,6 +77,29 @@ class Modality(BaseModel, ABC):
     def build(self, hidden_size: int) -> "Encoder":
         """A new encoder for an LLM with that hidden size, with fresh weights."""
 
+    def projection(self, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int] | None:
+        """The tensor of the encoder that makes soft tokens, and their width; None where shapes do not tell.
+
+        By this, encoders of another LLM are found before anything is loaded. By default it is the last matrix under
+        `projector.`, with one row for each value of a soft token.
+
+        Args:
+            shapes: of the encoder's tensors, by name.
+        """
+        return last_matrix(shapes, "projector.")
+
+    def adopt(self, names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[dict[str, str], dict[str, Any]]:
+        """What the tensors of an encoder, perhaps saved by older versions, are today.
+
+        Args:
+            names: of the tensors in the checkpoint.
+            read: gives the values of one.
+
+        Returns:
+            Today's name -> name in the checkpoint, without what is `derived`; and settings that the tensors tell.
+        """
+        return {name: name for name in names}, {}
+
     def collate(self, features: Sequence[Features]) -> Features:
         """The features of several items as one batch; by default stacked, padded with zeros at the end of dimension 0.
 
@@ -76,6 +114,10 @@ class Modality(BaseModel, ABC):
 
 class Encoder(nn.Module, ABC):
     """Turns a batch of features into soft tokens."""
+
+    def settings(self, modality: Modality) -> Modality:
+        """The settings that make this encoder again: those it was built from, unless its weights told more."""
+        return modality
 
     @abstractmethod
     def forward(self, **features: Tensor) -> Tensor:
@@ -96,11 +138,15 @@ class TextModality(Modality):
         """The text that takes the placeholder's place.
 
         Raises:
-            InputError: if the item is empty.
+            InputError: if there is nothing to read in the item.
         """
-        if not item.strip():
-            raise InputError(f"an item for {self.placeholder} is empty: fill it in or leave it out.")
+        if not any(character.isalnum() for character in item):
+            raise InputError(f"an item for {self.placeholder} is empty ({item!r}): fill it in or leave it out.")
         return self.template.replace("{item}", item)
+
+    @property
+    def weightless(self) -> bool:
+        return True
 
     def features(self, item: str) -> Features:
         """None: text needs no encoder."""
@@ -113,6 +159,17 @@ class TextModality(Modality):
     def build(self, hidden_size: int) -> Encoder:
         """Not for text."""
         raise TypeError("a text modality has no encoder")
+
+
+def last_matrix(shapes: Mapping[str, Sequence[int]], prefix: str) -> tuple[str, int] | None:
+    """The last matrix, in natural order, among tensors whose names start with a prefix, and its number of rows.
+
+    >>> last_matrix({"projector.2.weight": (8, 4), "projector.10.weight": (6, 8)}, "projector.")
+    ('projector.10.weight', 6)
+    """
+    matrices = [name for name, shape in shapes.items() if name.startswith(prefix) and len(shape) == 2]
+    last = max(matrices, key=natural_order, default=None)
+    return None if last is None else (last, int(shapes[last][0]))
 
 
 def shorten(item: str, length: int = 40) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -105,7 +105,7 @@ def save_modality(modality: Modality, folder: Path) -> None:
 
 def save_encoder(modality: Modality, encoder: Encoder, folder: Path) -> None:
     """Write a modality's settings and files and the encoder's weights into a folder, for `load_encoder`."""
-    save_modality(modality, folder)
+    save_modality(encoder.settings(modality), folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
@@ -129,27 +129,49 @@ def load_encoder(
     Raises:
         InputError: if a tensor is missing, not expected or of another shape, as that of the projector of another LLM.
     """
-    if modality.empty_build:
-        from accelerate import init_empty_weights
-
-        # Buffers are made for real: no checkpoint need hold them.
-        with init_empty_weights(include_buffers=False):
-            encoder = modality.build(hidden_size)
-    else:
-        encoder = modality.build(hidden_size)
     if isinstance(weights, Path):
-        source = str(weights)
-        weights = _read_weights(weights) if encoder.state_dict() or (weights / WEIGHTS_FILE).exists() else {}
-    expected = encoder.state_dict()
-    for name in sorted(weights.keys() & expected.keys()):
-        found, needed = list(weights[name].shape), list(expected[name].shape)
+        source, weights = str(weights), _read_weights(modality, weights)
+    names, told = modality.adopt(list(weights), weights.__getitem__)
+    weights = {name: weights[stored] for name, stored in names.items()}
+    encoder = empty_encoder(modality.model_copy(update=told), hidden_size)
+    check_shapes(modality, encoder, hidden_size, {name: tensor.shape for name, tensor in weights.items()}, source)
+    # Assigned, not copied: the parameters may have no memory.
+    encoder.load_state_dict(weights, assign=True)
+    return encoder.to(dtype).eval()
+
+
+def empty_encoder(modality: Modality, hidden_size: int) -> Encoder:
+    """An encoder for an LLM to load weights into: its parameters have no memory where the modality can do without.
+
+    Its buffers are made for real: no checkpoint need hold them.
+    """
+    if not modality.empty_build:
+        return modality.build(hidden_size)
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return modality.build(hidden_size)
+
+
+def check_shapes(
+    modality: Modality, encoder: Encoder, hidden_size: int, shapes: Mapping[str, Sequence[int]], source: str
+) -> None:
+    """Raise `InputError` unless tensors of these shapes are what an encoder loads.
+
+    Args:
+        encoder: of the modality, for an LLM of that hidden size.
+        shapes: by name in the encoder.
+        source: where the tensors are from, for messages.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    for name in sorted(shapes.keys() & expected.keys()):
+        found, needed = list(shapes[name]), expected[name]
         if found != needed:
             raise InputError(
                 f"{source}: tensor {name} has shape {found}, expected {needed} for this {modality.kind} encoder's "
                 f"settings and an LLM of hidden size {hidden_size}; use the encoder trained with that LLM."
             )
-    # Assigned, not copied: the parameters may have no memory. What hooks took in or made up is accounted for.
-    missing, unexpected = encoder.load_state_dict(dict(weights), strict=False, assign=True)
+    missing, unexpected = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     if missing or unexpected:
         faults = [("lacks", missing), ("has unexpected", unexpected)]
         told = " and ".join(f"{verb} {_listed(names)}" for verb, names in faults if names)
@@ -157,16 +179,17 @@ def load_encoder(
             f"{source} {told} for the settings of this {modality.kind} encoder: save the encoder again or correct "
             f"its {SETTINGS_FILE}."
         )
-    return encoder.to(dtype).eval()
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(modality: Modality, folder: Path) -> dict[str, Tensor]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the one that holds the encoder's {WEIGHTS_FILE}.")
+    if modality.weightless and not (folder / WEIGHTS_FILE).exists():
+        return {}
     with Checkpoint.open(folder) as checkpoint:
         return {name: checkpoint.read(name) for name in checkpoint}
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Collection[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

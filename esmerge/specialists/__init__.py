@@ -83,7 +83,9 @@ def open_specialist(
         if is_prot2text_adapter(checkpoint):
             return open_prot2text_adapter(name, folder, checkpoint, encoder_folder)
         found = find_encoder(name, folder, encoder_folder)
-        return LoraSpecialist(name, folder, checkpoint=checkpoint, encoder=found, left_out=other_encoders(name, folder))
+        return LoraSpecialist(
+            name, folder, checkpoint=checkpoint, encoder=found, left_out=_left_out(name, folder, found)
+        )
     if not (folder / "config.json").exists():
         raise InputError(
             f"specialist {name}: {folder} has neither adapter_config.json (a PEFT LoRA adapter) nor config.json "
@@ -99,7 +101,11 @@ def open_specialist(
         return open_prot2text(name, folder)
     _refuse(name, "features", features, "a full checkpoint")
     found = find_encoder(name, folder, encoder_folder)
-    return FullSpecialist(name, folder, encoder=found, left_out=other_encoders(name, folder))
+    return FullSpecialist(name, folder, encoder=found, left_out=_left_out(name, folder, found))
+
+
+def _left_out(name: str, folder: Path, encoder: SpecialistEncoder | None) -> dict[str, int]:
+    return other_encoders(name, folder) | (encoder.left_out if encoder is not None else {})
 
 
 def _refuse(name: str, field: str, given: Path | None, kind: str) -> None:

@@ -1,19 +1,19 @@
 """What a specialist brings beside its LLM: the encoder of its modality, with weights that are only copied."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint, read_header
 from esmerge.errors import InputError
+from esmerge.modalities import Modality, modality_from_settings, open_modality
 from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
-from esmerge.names import natural_order
 from esmerge.sources import read_json
-
-# Modules whose last matrix gives soft tokens, by the kind of modality.
-_PROJECTORS = {"esm": "projector.", "cached": "projector.", "fingerprint": "projector.", "mol_llama": "llm_proj."}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class SpecialistEncoder:
         checkpoint: holds the weights; empty for a modality without any.
         tensors: name of a tensor in the encoder -> its name in `checkpoint`.
         made: tensors of the encoder that are stored nowhere, as it has them without computing anything from them.
+        left_out: how many tensors beside them it does without, by what they are.
     """
 
     settings: dict[str, Any]
@@ -33,6 +34,27 @@ class SpecialistEncoder:
     checkpoint: Checkpoint
     tensors: dict[str, str]
     made: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def adopt(
+        cls, settings: dict[str, Any], folder: Path | None, checkpoint: Checkpoint, tensors: Mapping[str, str]
+    ) -> "SpecialistEncoder":
+        """The encoder of tensors that older versions may have saved: names in it (then or now) -> stored names.
+
+        Raises:
+            InputError: if the settings are not valid, or the tensors contradict them.
+        """
+        encoder = cls(settings, folder, checkpoint, dict(tensors))
+        names, told = encoder.modality.adopt(list(tensors), lambda name: checkpoint.read(tensors[name]))
+        unused = len(tensors) - len(names)
+        return cls(
+            {**settings, **told},
+            folder,
+            checkpoint,
+            {today: tensors[name] for today, name in names.items()},
+            left_out={encoder.modality.derived: unused} if unused else {},
+        )
 
     @property
     def placeholder(self) -> str:
@@ -40,17 +62,27 @@ class SpecialistEncoder:
         return str(self.settings["placeholder"])
 
     @property
+    def place(self) -> Path | None:
+        """Where it lies, for messages."""
+        return next((file.parent for file in self.checkpoint.files), self.folder)
+
+    @cached_property
+    def modality(self) -> Modality:
+        """The modality of the settings; `InputError` if they are not valid."""
+        return modality_from_settings(self.settings, f"the encoder in {self.place}", self.folder)
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the encoder's tensors, by their names in it."""
+        infos = {name: self.checkpoint.info(stored) for name, stored in self.tensors.items()}
+        made = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.made.items()}
+        return {name: (info.dtype, info.shape) for name, info in infos.items()} | made
+
+    @property
     def projection(self) -> tuple[str, int] | None:
         """The stored tensor that makes soft tokens, and their width; None where headers do not tell."""
-        module = _PROJECTORS.get(str(self.settings["kind"]))
-        shapes = {name: self.checkpoint.info(stored).shape for name, stored in self.tensors.items()}
-        matrices = [name for name in shapes if module and name.startswith(module) and len(shapes[name]) == 2]
-        if not matrices:
-            return None
-        last = max(matrices, key=natural_order)
-        # A fingerprint's soft tokens come out of one row of units.
-        count = self.settings.get("tokens", 1) if self.settings["kind"] == "fingerprint" else 1
-        return self.tensors[last], shapes[last][0] // count
+        found = self.modality.projection({name: self.layout[name][1] for name in self.tensors})
+        return found and (self.tensors[found[0]], found[1])
 
 
 def find_encoder(name: str, folder: Path, given: Path | None = None) -> SpecialistEncoder | None:
@@ -105,17 +137,25 @@ def read_encoder(folder: Path) -> SpecialistEncoder:
                 f"{folder / SETTINGS_FILE}: {key} is {settings.get(key)!r}, expected text; a modality's settings are "
                 "{kind: ..., placeholder: ..., ...}."
             )
-    # Text is read as it is, and features may be cached as soft tokens.
-    weightless = settings["kind"] == "text" or settings.get("projector") == "none"
-    if weightless and not (folder / WEIGHTS_FILE).exists():
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except InputError:
+        if not _weightless(folder):
+            raise
         return SpecialistEncoder(settings, folder, Checkpoint({}), {})
-    checkpoint = Checkpoint.open(folder)
     if settings["kind"] == "text" and checkpoint.tensors:
         raise InputError(
             f"{folder}: a modality of kind text has no encoder, but {WEIGHTS_FILE} holds {min(checkpoint)}: "
             "remove the file, or set the kind that it belongs to."
         )
-    return SpecialistEncoder(settings, folder, checkpoint, {name: name for name in checkpoint})
+    return SpecialistEncoder.adopt(settings, folder, checkpoint, {name: name for name in checkpoint})
+
+
+def _weightless(folder: Path) -> bool:
+    try:
+        return open_modality(folder).weightless
+    except InputError:
+        return False
 
 
 def _modalities(folder: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 Layout of https://github.com/DongkiKim95/Mol-LLaMA: `encoder.{graph_encoder,ln_graph,blending_module,Qformer}.*` and
 `encoder.query_tokens`, `llm_proj.{weight,bias}`, and under `llm.` the PeftModel, with or without the frozen weights of
-its base. The graph encoders are public models of their own, which its package downloads; so they may be missing.
+its base. The graph encoders are public models of their own, which its package downloads: checkpoints without them can
+be used with cached features only.
 """
 
 import re
@@ -70,6 +71,7 @@ def open_mol_llama(name: str, folder: Path, features: Path | None = None) -> Lor
     if derived:
         left_out["rotary frequencies, which the config determines"] = derived
     found, unused = _encoder(name, folder, config, checkpoint, encoder, features)
+    left_out |= found.left_out
     if unused:
         left_out["Mol-LLaMA's own encoder, which cached features or other settings replace"] = unused
     return LoraSpecialist(
@@ -96,9 +98,11 @@ def _encoder(
         found = find_encoder(name, folder)
         if found is not None:
             return found, len(tensors)
-        return _own_encoder(folder, config, checkpoint, tensors), 0
+        return _own_encoder(name, folder, config, checkpoint, tensors), 0
     _check_projector(folder, tensors)
     cached = features or own / FEATURES_FILE
+    if cached.suffix != ".safetensors":
+        raise InputError(f"specialists.{name}.features: {cached} is no .safetensors file.")
     width = checkpoint.info("llm_proj.weight").shape[1]
     settings = {
         "kind": "cached",
@@ -111,14 +115,22 @@ def _encoder(
     return SpecialistEncoder(settings, cached.parent, checkpoint, projector), len(tensors) - len(projector)
 
 
-def _own_encoder(folder: Path, config: dict[str, Any], checkpoint: Checkpoint, tensors: list[str]) -> SpecialistEncoder:
+def _own_encoder(
+    name: str, folder: Path, config: dict[str, Any], checkpoint: Checkpoint, tensors: list[str]
+) -> SpecialistEncoder:
     _check_projector(folder, tensors)
     for part in _NEEDED:
         if not any(tensor.split(".")[1] == part for tensor in tensors):
             raise InputError(f"{folder} has no tensors encoder.{part}: download or save the checkpoint again.")
+    if not any(tensor.startswith("encoder.graph_encoder.") for tensor in tensors):
+        raise InputError(
+            f"{folder} has no tensors encoder.graph_encoder, which Mol-LLaMA's package downloads: save the checkpoint "
+            f"with them, or run esmerge/modalities/export_mol_llama.py in the package's environment and set "
+            f"specialists.{name}.features to the file that it writes."
+        )
     sections = {section: config[section] for section in _SECTIONS if section in config}
     settings = {"kind": "mol_llama", "placeholder": PLACEHOLDER, **sections}
-    return SpecialistEncoder(settings, None, checkpoint, {tensor: tensor for tensor in tensors})
+    return SpecialistEncoder.adopt(settings, None, checkpoint, {tensor: tensor for tensor in tensors})
 
 
 def _check_projector(folder: Path, tensors: list[str]) -> None:

@@ -34,8 +34,6 @@ _PEFT = "base_model.model."
 _PROJECTOR_TENSOR = re.compile(r"^adapter\.((?:fc1|fc2|ln1|ln2)\.(?:weight|bias))$")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.")
 _ESM = ("embeddings.", "encoder.", "contact_head.")
-_FREQUENCIES = "rotary_embeddings.inv_freq"
-_DERIVED = "positions and rotary frequencies of ESM, which its config determines"
 # Heads of other models around an EsmModel, and the pooler, which Prot2Text-V2 does not use.
 _ESM_HEADS = ("pooler.", "lm_head.", "classifier.")
 
@@ -54,8 +52,8 @@ def open_prot2text(name: str, folder: Path) -> FullSpecialist:
         )
     config = _read_config(folder)
     checkpoint = Checkpoint.open(folder)
-    encoder, left_out = _full_encoder(folder, config, checkpoint)
-    left_out |= other_encoders(name, folder)
+    encoder = _full_encoder(folder, config, checkpoint)
+    left_out = encoder.left_out | other_encoders(name, folder)
     # The quantisation of the whole is that of its parts.
     llm = {"model_type": "llama", **config["llama_config"]}
     llm |= {field: config[field] for field in ("quantization_config",) if field in config}
@@ -90,15 +88,13 @@ def open_prot2text_adapter(name: str, folder: Path, checkpoint: Checkpoint, give
                 f"{checkpoint.info(tensor).file}: {tensor} is neither of llama_decoder nor of adapter, all that an "
                 "adapter of Prot2Text-V2 trains: merge it into its model and give the full checkpoint."
             )
-    encoder, others = _adapter_encoder(name, folder, given, projector)
+    encoder = _adapter_encoder(name, folder, given, projector)
     return LoraSpecialist(
-        name, folder, checkpoint=checkpoint, tensors=factors, encoder=encoder, left_out=left_out | others
+        name, folder, checkpoint=checkpoint, tensors=factors, encoder=encoder, left_out=left_out | encoder.left_out
     )
 
 
-def _adapter_encoder(
-    name: str, folder: Path, given: Path | None, projector: Mapping[str, str]
-) -> tuple[SpecialistEncoder, dict[str, int]]:
+def _adapter_encoder(name: str, folder: Path, given: Path | None, projector: Mapping[str, str]) -> SpecialistEncoder:
     own = folder / MODALITIES_FOLDER / name
     if given is None and not own.is_dir():
         raise InputError(
@@ -116,10 +112,10 @@ def _adapter_encoder(
             raise InputError(f"{source / 'config.json'}: kind is {config['kind']}; Prot2Text-V2 needs one of kind esm.")
     elif config.get("model_type") == PROT2TEXT:
         checkpoint = Checkpoint.open(source)
-        found, left_out = _full_encoder(source, _read_config(source), checkpoint)
+        found = _full_encoder(source, _read_config(source), checkpoint)
         left_out["the decoder beside the encoder"] = sum(tensor.startswith(_LLM) for tensor in checkpoint)
     elif config.get("model_type") == "esm":
-        found, left_out = _plain_esm(source, config)
+        found = _plain_esm(source, config)
     else:
         raise InputError(
             f"specialists.{name}.encoder: {source} is {config.get('model_type')!r}, expected an EsmModel (model_type "
@@ -130,24 +126,26 @@ def _adapter_encoder(
         left_out["the projector beside the encoder, which the adapter replaces"] = replaced
     # The adapter's names all start with PEFT's prefix, so that they cannot meet those of an encoder.
     files = {**open_files(source, "model"), **open_files(folder, "adapter_model")}
-    tensors = {**found.tensors, **projector}
-    return _completed(SpecialistEncoder(found.settings, found.folder, Checkpoint(files), tensors), source), left_out
+    return _completed(
+        replace(
+            found,
+            checkpoint=Checkpoint(files),
+            tensors={**found.tensors, **projector},
+            left_out=found.left_out | left_out,
+        ),
+        source,
+    )
 
 
-def _full_encoder(
-    folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint
-) -> tuple[SpecialistEncoder, dict[str, int]]:
+def _full_encoder(folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> SpecialistEncoder:
     """The encoder in a full checkpoint, all of whose tensors must be known."""
     tensors: dict[str, str] = {}
-    esm_config, derived = config["esm_config"], 0
     for tensor in checkpoint:
-        inner = tensor.removeprefix(_ENCODER)
         if tensor.startswith(_LLM):
             continue
-        if tensor.startswith(_ENCODER) and _is_derived(checkpoint, tensor, inner, esm_config):
-            derived += 1
-        elif tensor.startswith(_ENCODER) and _is_esm(inner):
-            _add_esm(tensors, inner, tensor, checkpoint)
+        inner = tensor.removeprefix(_ENCODER)
+        if inner != tensor and _is_esm(inner):
+            tensors[f"encoder.{inner}"] = tensor
         elif match := _PROJECTOR_TENSOR.match(tensor):
             tensors[f"projector.{match[1]}"] = tensor
         else:
@@ -158,57 +156,33 @@ def _full_encoder(
     if not any(name.startswith("encoder.") for name in tensors):
         raise InputError(f"{folder} has no tensors esm_encoder.*: download or save the checkpoint again.")
     dropout = float(config["adapter_config"].get("dropout_rate", DROPOUT))
-    settings = _settings(esm_config, _placeholder(folder, config), dropout)
-    encoder = SpecialistEncoder(settings, None, checkpoint, tensors)
-    return _completed(encoder, folder, _PROJECTOR), {_DERIVED: derived} if derived else {}
+    settings = _settings(config["esm_config"], _placeholder(folder, config), dropout)
+    return _completed(SpecialistEncoder.adopt(settings, None, checkpoint, tensors), folder, _PROJECTOR)
 
 
-def _plain_esm(folder: Path, config: dict[str, Any]) -> tuple[SpecialistEncoder, dict[str, int]]:
+def _plain_esm(folder: Path, config: dict[str, Any]) -> SpecialistEncoder:
     """An EsmModel, or a model with another head around one; without a projector."""
     checkpoint = Checkpoint.open(folder)
     tensors: dict[str, str] = {}
-    derived = heads = 0
+    heads = 0
     for tensor in checkpoint:
         inner = tensor.removeprefix("esm.")
-        if _is_derived(checkpoint, tensor, inner, config):
-            derived += 1
-        elif _is_esm(inner):
-            _add_esm(tensors, inner, tensor, checkpoint)
+        if _is_esm(inner):
+            tensors[f"encoder.{inner}"] = tensor
         elif inner.startswith(_ESM_HEADS):
             heads += 1
         else:
             raise InputError(
                 f"{checkpoint.info(tensor).file}: {tensor} belongs to no part of an EsmModel: save it without that."
             )
-    left_out = {_DERIVED: derived, "heads of the EsmModel, which the projector replaces": heads}
-    encoder = SpecialistEncoder(_settings(config, PLACEHOLDER, DROPOUT), None, checkpoint, tensors)
-    return encoder, {reason: count for reason, count in left_out.items() if count}
+    encoder = SpecialistEncoder.adopt(_settings(config, PLACEHOLDER, DROPOUT), None, checkpoint, tensors)
+    left_out = {"heads of the EsmModel, which the projector replaces": heads} if heads else {}
+    return replace(encoder, left_out=encoder.left_out | left_out)
 
 
 def _is_esm(inner: str) -> bool:
-    return inner.startswith(_ESM) or inner.endswith(_FREQUENCIES)
-
-
-def _add_esm(tensors: dict[str, str], inner: str, tensor: str, checkpoint: Checkpoint) -> None:
-    # transformers 5 saves the norms of an EsmModel under the names of TensorFlow, and reads both.
-    name = "encoder." + inner.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if name in tensors:
-        raise InputError(
-            f"{checkpoint.info(tensor).file} has one tensor in two places ({tensors[name]}, {tensor}): save it again."
-        )
-    tensors[name] = tensor
-
-
-def _is_derived(checkpoint: Checkpoint, tensor: str, inner: str, config: Mapping[str, Any]) -> bool:
-    """Whether transformers once stored a tensor of an EsmModel though the config determines it."""
-    rotary = config.get("position_embedding_type") == "rotary"
-    if inner.endswith(_FREQUENCIES):
-        # In half precision they are rounded, which moves the angles: the model was trained with the rounded ones.
-        stored, width = checkpoint.read(tensor, torch.float32), 2 * checkpoint.info(tensor).shape[-1]
-        computed = 1 / 10000 ** (torch.arange(0, width, 2) / width)
-        return not rotary or torch.allclose(stored, computed, rtol=1e-5, atol=0)
-    # With rotary positions the table of absolute ones is never looked up.
-    return inner == "embeddings.position_ids" or (rotary and inner == "embeddings.position_embeddings.weight")
+    # Some versions of transformers named the frequencies after no layer.
+    return inner.startswith((*_ESM, "rotary_embeddings.", "layer."))
 
 
 def _settings(esm_config: Mapping[str, Any], placeholder: str, dropout: float) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import gelu, linear, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, EsmConfig, EsmModel
 
 from esmerge.errors import InputError
+from esmerge.mllm.loading import load_model
 from esmerge.plan import make_plan
 from esmerge.recipe import parse_recipe
 from esmerge.specialists import FullSpecialist, LoraSpecialist, open_specialist
@@ -299,9 +301,17 @@ class TestProt2Text:
         names = [f"esm_encoder.encoder.layer.{n}.attention.self.rotary_embeddings.inv_freq" for n in range(2)]
         change(folder, lambda tensors: tensors.update({name: tensors[name].bfloat16() for name in names}))
         specialist = open_specialist("protein", folder)
-        assert sum(specialist.left_out.values()) == 1
-        for name in names:
-            assert specialist.encoder.tensors[name.removeprefix("esm_")] == name
+        assert specialist.encoder.settings["frequencies"] == "bfloat16"
+        assert sum(specialist.left_out.values()) == 3
+        change(folder, put(names[0], torch.ones(4)))
+        with pytest.raises(InputError, match="other rotary frequencies than those of ESM-2"):
+            open_specialist("protein", folder)
+        change(folder, put(names[0], torch.ones(7)))
+        with pytest.raises(InputError, match=r"has shape \[7\], expected \[4\]"):
+            open_specialist("protein", folder)
+        change(folder, put(names[0], (10000 ** -(torch.arange(0, 8, 2) / 8))))
+        with pytest.raises(InputError, match=r"layer\.0\..* and .*layer\.1\..* hold different rotary frequencies"):
+            open_specialist("protein", folder)
 
     def test_placeholder_of_another_id_is_looked_up(self, copied, llama):
         folder = copied("prot2text")
@@ -481,19 +491,23 @@ class TestMolLlama:
         assert encoder.settings == {"kind": "mol_llama", "placeholder": "<mol>", **published}
         assert encoder.projection == ("llm_proj.weight", HIDDEN)
         original = mol_encoder()
+        positions = original.pop("encoder.Qformer.bert.embeddings.position_ids")
+        assert torch.equal(positions, torch.arange(8)[None])
         assert encoder.tensors == {name: name for name in original}
         for name, value in original.items():
             assert torch.equal(encoder.checkpoint.read(name), value)
-        assert specialist.low_rank and not specialist.left_out
+        assert specialist.low_rank
+        assert specialist.left_out == {"positions of Mol-LLaMA's Q-Former, which count up": 1}
         assert accounted(specialist) + 2 * len(specialist.modules) == len(specialist.checkpoint.tensors)
 
     def test_frozen_weights_are_counted(self, built, llama):
         specialist = open_specialist("molecule", built / "mol_llama-full")
         base = {name.removeprefix("model.") for name in load_file(llama / "base/model.safetensors")}
         assert set(specialist.frozen) == base - {"embed_tokens.weight", "lm_head.weight"}
-        assert specialist.left_out == {"frozen weights of the base": len(specialist.frozen)}
+        assert specialist.left_out.pop("frozen weights of the base") == len(specialist.frozen)
+        assert sum(specialist.left_out.values()) == 1
         assert set(specialist.names) - set(specialist.modules) == {"embed_tokens.weight", "lm_head.weight"}
-        values = len(specialist.names) + len(specialist.modules)
+        values = len(specialist.names) + len(specialist.modules) + len(specialist.frozen)
         assert accounted(specialist) + values == len(specialist.checkpoint.tensors)
 
     @pytest.mark.parametrize("given", [False, True])
@@ -512,7 +526,7 @@ class TestMolLlama:
 
     def test_settings_beside_it_are_the_modality(self, copied):
         folder = copied("mol_llama")
-        modality(folder, "molecule", {"kind": "cached", "placeholder": "<m>", "projector": "none"})
+        modality(folder, "molecule", {"kind": "cached", "placeholder": "<m>", "projector": "none", "width": HIDDEN})
         specialist = open_specialist("molecule", folder)
         assert specialist.encoder.placeholder == "<m>" and not specialist.encoder.tensors
         assert sum(specialist.left_out.values()) == len(mol_encoder())
@@ -623,7 +637,7 @@ class TestMerge:
         for name, value in expected.items():
             assert torch.equal(found[f"language_model.{name}"], value), name
         record = yaml.safe_load((whole / "esmerge.yaml").read_text())
-        assert list(record["left_out"]) == ["protein"] and sum(record["left_out"]["protein"].values()) == 3
+        assert {name: sum(own.values()) for name, own in record["left_out"].items()} == {"protein": 3, "molecule": 1}
         assert "left_out" not in yaml.safe_load((alone / "esmerge.yaml").read_text())
 
     @pytest.mark.parametrize("space", ["weights", "factors"])
@@ -645,6 +659,42 @@ class TestMerge:
         first, second = (specialist.state_dict()[weight] for specialist in specialists)
         expected = (first + second) / 2 if space == "weights" else first
         torch.testing.assert_close(model.state_dict()[weight], expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("output", ["full", "adapter"])
+    @pytest.mark.parametrize("names", ["layers", "one", "literal"])
+    def test_encoder_computes_what_the_specialists_does(self, built, copied, llama, merge, output, names):
+        """With frequencies rounded to bfloat16, as old versions and new ones name them."""
+        folder = copied("prot2text" if output == "full" else "prot2text-untrained")
+        rounded = (1 / 10000 ** (torch.arange(0, 8, 2) / 8)).bfloat16()
+        layer = "encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
+        new = {"layers": [layer.format(0), layer.format(1)], "one": ["rotary_embeddings.inv_freq"]}
+        new["literal"] = [layer.format("*")]
+        change(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "inv_freq" in name])
+        change(folder, lambda tensors: tensors.update({f"esm_encoder.{name}": rounded.clone() for name in new[names]}))
+        entry = {"model": str(folder)}
+        if output == "adapter":
+            entry = {"model": str(built / "prot2text-adapter"), "encoder": str(folder)}
+        content = recipe({"protein": entry, "cell": built / "cell"}, output={"format": output})
+        model, processor = load_model(merge(content), llama / "base", dtype=torch.float32)
+
+        tensors = load_file(folder / "model.safetensors")
+        reference = EsmModel(ESM, add_pooling_layer=False).eval()
+        inner = {k.removeprefix("esm_encoder."): v for k, v in tensors.items() if k.startswith("esm_encoder.")}
+        own = {name: tensor for name, tensor in inner.items() if "inv_freq" not in name and "position_emb" not in name}
+        reference.load_state_dict(own, strict=False)
+        reference.rotary_embeddings.inv_freq.copy_(rounded)
+        projector = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+        if output == "adapter":
+            projector = load_file(built / "prot2text-adapter-projector/model.safetensors")
+        inputs = processor(text="<|reserved_special_token_1|>", protein=["ACDEFGHIKLMNPQRSTVWY" * 20])
+        features = {key.removeprefix("protein_"): inputs[key] for key in inputs if key.startswith("protein_")}
+        with torch.no_grad():
+            states = reference(**features).last_hidden_state
+            for layer in ("fc1", "fc2"):
+                states = gelu(linear(states, projector[f"{layer}.weight"], projector[f"{layer}.bias"]))
+            expected = normalize(states, dim=-1)[0]
+            found = model.get_protein_features(**features)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
     def test_own_tokens_are_kept(self, built, llama, merge, caplog):
         with caplog.at_level(logging.WARNING):

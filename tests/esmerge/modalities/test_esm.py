@@ -185,6 +185,9 @@ def test_frequencies_that_were_rounded_are_kept(esm_settings, saved, reference, 
     encoder = load_encoder(modality, saved, 16)
     torch.testing.assert_close(run(modality, encoder, [protein])[0], expected, rtol=0, atol=1e-5)
     save_encoder(modality, encoder, tmp_path / "again")
+    assert not [name for name in load_file(tmp_path / "again" / "model.safetensors") if "inv_freq" in name]
+    modality = open_modality(tmp_path / "again")
+    assert modality.frequencies == "bfloat16"
     again = load_encoder(modality, tmp_path / "again", 16)
     torch.testing.assert_close(run(modality, again, [protein])[0], expected, rtol=0, atol=1e-5)
 
