@@ -1,4 +1,4 @@
-"""The command line: `esmerge merge | compare | inspect | demo`. Each command imports what it needs inside."""
+"""The command line: `esmerge merge | compare | inspect | evaluate | ...`. Each command imports what it needs."""
 
 import errno
 import gc
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -127,6 +127,117 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="A folder or Hub id; with --compare, folders that were evaluated."),
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="A task, or the path of one's own YAML; repeat it for more."),
+    ] = None,
+    compare_: Annotated[
+        bool, typer.Option("--compare", help="Compare the results of several models instead of evaluating one.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Folder or Hub id of an adapter's base, if not the one it names.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write results/ in this folder; by default in the model's own."),
+    ] = None,
+    score: Annotated[
+        str,
+        typer.Option(metavar="likelihood|generate", help="Take the likeliest choice, or read the answer in a text."),
+    ] = "likelihood",
+    normalise: Annotated[
+        str,
+        typer.Option(
+            metavar="none|tokens|characters",
+            help="What a choice's log-likelihood is divided by: of choices of "
+            "different length, the longer ones are less likely as such.",
+        ),
+    ] = "none",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate only the first samples of each task: to try something out.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Samples at a time on each device; auto: what memory allows.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights; auto: as they are stored.")
+    ] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many GPUs, or processes on a CPU.")] = 1,
+    strategy: Annotated[
+        str,
+        typer.Option(metavar="auto|ddp|fsdp", help="ddp: the model whole on each device; fsdp: the LLM shared out."),
+    ] = "auto",
+    accelerator: Annotated[str, typer.Option(metavar="auto|cpu|gpu", help="On what to run.")] = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|none", help="A Jinja chat template instead of the tokenizer's; none: plain text."),
+    ] = None,
+    as_text: Annotated[
+        list[str] | None,
+        typer.Option("--as-text", metavar="MODALITY", help="Write items of a modality as text; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same evaluation was interrupted; keep what is finished.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap behind confidence intervals.")] = 42,
+    logger: Annotated[
+        list[str] | None,
+        typer.Option("--logger", metavar="csv|tensorboard|wandb", help="Log the scores there too; may be repeated."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a MODEL on tasks, or compare models that were evaluated.
+
+    MODEL is whatever `esmerge.load_model` takes: a merged model with or without encoders, a PEFT adapter, any causal
+    LLM of transformers. Writes `results/<task>.json` (scores with 95 % confidence intervals, hashes, versions) and
+    `results/<task>.jsonl` (a line per sample) in the model's folder. Neither the batch size nor the number of devices
+    changes the scores. `esmerge tasks` lists the tasks.
+
+    Items of modalities that a multimodal model has encoders for go through these. A model without any encoder reads all
+    items as text; one with encoders, but not for a modality of the task, is refused unless `--as-text` says otherwise.
+
+    Example: `esmerge evaluate merged --task b3db --task tissue`
+
+    Example: `esmerge evaluate --compare merged average base`
+    """
+    from lightning_modules.comparison import compare_results
+    from lightning_modules.evaluate import EvaluationSettings
+    from lightning_modules.evaluate import evaluate as run
+    from lightning_modules.running import Devices
+    from lightning_modules.tables import print_comparison, print_results
+
+    _imported()
+    if compare_:
+        print_comparison(compare_results([Path(model) for model in models], task or (), seed))
+        return
+    if len(models) > 1:
+        raise InputError(f"give one model to evaluate, not {len(models)}; --compare shows several side by side.")
+    if not task:
+        raise InputError("--task is missing: give the name of a task; esmerge tasks lists them.")
+    settings = EvaluationSettings(
+        base=base,
+        limit=limit,
+        batch_size=_count_or_auto("--batch-size", batch_size),
+        score=_one_of("--score", score, "likelihood", "generate"),
+        normalise=_one_of("--normalise", normalise, "none", "tokens", "characters"),
+        dtype=_one_of("--dtype", dtype, "auto", "float32", "bfloat16", "float16"),
+        chat_template=chat_template,
+        as_text=tuple(as_text or ()),
+        devices=Devices(devices, _one_of("--strategy", strategy, "auto", "ddp", "fsdp"), accelerator),
+        resume=resume,
+        seed=seed,
+        loggers=tuple(logger or ()),
+        progress=not quiet,
+    )
+    print_results(run(models[0], task, settings, output))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo"),
 ) -> None:
@@ -169,6 +280,20 @@ def main() -> None:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
+
+
+def _one_of(option: str, value: str, *known: str) -> Any:
+    if value not in known:
+        raise InputError(f"{option} is {value!r}: expected {', '.join(known[:-1])} or {known[-1]}.")
+    return value
+
+
+def _count_or_auto(option: str, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise InputError(f"{option} is {value!r}: expected auto or a number of at least 1.")
+    return int(value)
 
 
 def _imported() -> None:

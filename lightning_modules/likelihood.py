@@ -1,18 +1,21 @@
 """Scores the possible answers to a prompt by their log-likelihood under a causal language model."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from lightning_modules.shared_prefix import (
     CausalLM,
     SharedPrefixBatch,
     attention_span,
+    common_beginning,
     last_logits,
     last_positions,
     prefix_cache,
-    share_prefix,
+    split_prefix,
 )
 
 
@@ -25,20 +28,72 @@ def answer_log_likelihoods(
     Each prompt is computed once, however many answers there are, and prompts are batched by length; neither
     changes a score beyond rounding. The model is used as it is: call `model.eval()` first.
     """
-    if not all(len(answer) for answer in answers):
-        raise ValueError("an answer has no tokens, so there is nothing to score")
-    device = next(model.parameters()).device
-    branches = AnswerBranches(answers, device)
+    longest = max(map(len, prompts), default=0)
+    scorer = AnswerScorer(model, answers, shared_beginning(prompts), longest)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     scores = torch.empty(len(prompts), len(answers))
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        batch = share_prefix([prompts[row] for row in rows]).to(device)
-        if _can_branch(model, batch.attention_mask.shape[1] + len(branches.ids)):
-            scores[rows] = _score_branches(model, batch, branches).cpu()
-        else:
-            scores[rows] = torch.stack([_score_one_prompt(model, prompts[row], answers) for row in rows])
+        scores[rows] = scorer([prompts[row] for row in rows]).cpu()
     return scores
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with, at least one of each being left over."""
+    shortest = min(map(len, prompts), default=1)
+    return list(prompts[0][: min(common_beginning(prompts), shortest - 1)]) if prompts else []
+
+
+class AnswerScorer:
+    """Scores the same answers to many prompts that begin alike: that beginning is computed once for all of them.
+
+    Every call runs the model equally often, whatever its prompts: ranks that share a model's weights stay in step.
+
+    Args:
+        model: an LLM in evaluation mode.
+        answers: token ids of each.
+        beginning: token ids that every prompt begins with; it may be empty.
+        longest: number of tokens of the longest prompt there will be.
+
+    Raises:
+        ValueError: if an answer has no tokens.
+    """
+
+    def __init__(
+        self, model: CausalLM, answers: Sequence[Sequence[int]], beginning: Sequence[int], longest: int
+    ) -> None:
+        if not all(len(answer) for answer in answers):
+            raise ValueError("an answer has no tokens, so there is nothing to score")
+        self.model = model
+        self.answers = answers
+        self.beginning = list(beginning)
+        self.device = next(model.parameters()).device
+        self.branches = AnswerBranches(answers, self.device)
+        self.can_branch = _can_branch(model, longest + len(self.branches.ids))
+        self._cache: Cache | None = None
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The scores log p(answer | prompt), float32 [prompts, answers], on the model's device."""
+        if not self.can_branch:
+            return torch.stack([self._score_answer(prompts, answer) for answer in self.answers], dim=1)
+        batch = split_prefix(prompts, len(self.beginning)).to(self.device)
+        return _score_branches(self.model, batch, self.branches, self._beginning_for(batch))
+
+    def _beginning_for(self, batch: SharedPrefixBatch) -> Cache | None:
+        if self._cache is None:
+            self._cache = prefix_cache(self.model, batch, rows=1)
+        # The model adds the batch's own keys and values to the cache that it is given.
+        cache = copy.deepcopy(self._cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(batch.input_ids))
+        return cache
+
+    def _score_answer(self, prompts: Sequence[Sequence[int]], answer: Sequence[int]) -> Tensor:
+        """The same for any model: whole sequences."""
+        batch = split_prefix([[*prompt, *answer[:-1]] for prompt in prompts], 0).to(self.device)
+        log_probabilities = last_logits(self.model, batch, last=len(answer)).float().log_softmax(dim=-1)
+        return log_probabilities[:, range(len(answer)), list(answer)].sum(dim=1)
 
 
 class AnswerBranches:
@@ -82,7 +137,7 @@ def _can_branch(model: CausalLM, length: int) -> bool:
     return takes_any_mask and length <= attention_span(model)
 
 
-def _score_branches(model: CausalLM, batch: SharedPrefixBatch, branches: AnswerBranches) -> Tensor:
+def _score_branches(model: CausalLM, batch: SharedPrefixBatch, branches: AnswerBranches, cache: Cache | None) -> Tensor:
     rows, rest = batch.input_ids.shape
     prefix, count = len(batch.prefix_ids), len(branches.ids)
     prompt_ends = batch.attention_mask.sum(dim=1, keepdim=True) - 1
@@ -99,21 +154,7 @@ def _score_branches(model: CausalLM, batch: SharedPrefixBatch, branches: AnswerB
         input_ids=torch.cat([batch.input_ids, branches.ids.expand(rows, -1)], dim=1),
         attention_mask=mask,
         position_ids=torch.cat([batch.position_ids(), prompt_ends + branches.depths], dim=1),
-        past_key_values=prefix_cache(model, batch),
+        past_key_values=cache,
         logits_to_keep=last_positions(1 + count, batch.input_ids.device),
     ).logits
     return branches.total(logits.float().log_softmax(dim=-1))
-
-
-def _score_one_prompt(model: CausalLM, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
-    """The same for any model: one row per answer, the prompt being what all rows share."""
-    longest = max(len(answer) for answer in answers)
-    batch = share_prefix([[*prompt, *answer[:-1]] for answer in answers], shortest_rest=longest)
-    batch = batch.to(next(model.parameters()).device)
-    log_probabilities = last_logits(model, batch, last=longest).float().log_softmax(dim=-1).cpu()
-    return torch.stack(
-        [
-            row[torch.arange(longest - len(answer), longest), torch.tensor(answer)].sum()
-            for row, answer in zip(log_probabilities, answers, strict=True)
-        ]
-    )

@@ -40,7 +40,11 @@ class SharedPrefixBatch(NamedTuple):
 def share_prefix(sequences: Sequence[Sequence[int]], shortest_rest: int = 1) -> SharedPrefixBatch:
     """Splits `sequences` after their common beginning, leaving at least `shortest_rest` tokens of each."""
     longest = max(0, min(len(sequence) for sequence in sequences) - shortest_rest)
-    prefix = common_beginning([sequence[:longest] for sequence in sequences])
+    return split_prefix(sequences, common_beginning([sequence[:longest] for sequence in sequences]))
+
+
+def split_prefix(sequences: Sequence[Sequence[int]], prefix: int) -> SharedPrefixBatch:
+    """Splits `sequences` after their first `prefix` tokens, which all have in common."""
     input_ids, rest_mask = pad_left([sequence[prefix:] for sequence in sequences])
     attention_mask = torch.cat([rest_mask.new_ones(len(sequences), prefix), rest_mask], dim=1)
     return SharedPrefixBatch(torch.tensor(sequences[0][:prefix], dtype=torch.long), input_ids, attention_mask)
@@ -82,12 +86,12 @@ def last_logits(model: CausalLM, batch: SharedPrefixBatch, last: int) -> Tensor:
     return logits
 
 
-def prefix_cache(model: CausalLM, batch: SharedPrefixBatch) -> Cache | None:
-    """Keys and values of the common beginning, for every row; None if there is no common beginning."""
+def prefix_cache(model: CausalLM, batch: SharedPrefixBatch, rows: int | None = None) -> Cache | None:
+    """Keys and values of the common beginning, for as many rows as the batch has; None without a common beginning."""
     if len(batch.prefix_ids) == 0:
         return None
     cache: Cache = model(input_ids=batch.prefix_ids[None], use_cache=True, logits_to_keep=1).past_key_values
-    cache.batch_repeat_interleave(len(batch.input_ids))
+    cache.batch_repeat_interleave(len(batch.input_ids) if rows is None else rows)
     return cache
 
 

@@ -40,38 +40,63 @@ def load_model(
     """
     folder = resolve(str(model), Path(), "the model", trust_remote_code).folder
     options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    if (folder / "adapter_config.json").exists():
-        return _load_adapter(folder, base, options)
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has neither adapter_config.json nor config.json: it holds no model.")
+    if named := base_of(folder, base):
+        return _load_adapter(folder, named, options)
     config = read_json(folder / "config.json")
     check_remote_code(config, trust_remote_code, f"the model {model}")
     if config.get("model_type") == MllmConfig.model_type:
         loaded = MllmForConditionalGeneration.from_pretrained(folder, **options)
         return loaded.eval(), MllmProcessor.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, **options)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    processor = MllmProcessor(tokenizer, open_modalities(folder))
+    processor = load_processor(folder, trust_remote_code=trust_remote_code)
     return assemble(llm, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
 
-def _load_adapter(
-    folder: Path, base: str | Path | None, options: Mapping[str, Any]
-) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
-    from peft import PeftModel
+def base_of(folder: Path, base: str | Path | None = None) -> str | None:
+    """The base of the adapter in a folder, `base` if it is given; None if the folder holds a whole model.
 
+    Raises:
+        InputError: if it holds neither, or an adapter whose base is not known.
+    """
+    if not (folder / "adapter_config.json").exists():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} has neither adapter_config.json nor config.json: it holds no model.")
+        return None
     named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not named:
         raise InputError(f"{folder / 'adapter_config.json'} does not name its base_model_name_or_path: give the base.")
+    return str(named)
+
+
+def load_processor(
+    model: str | Path, base: str | Path | None = None, trust_remote_code: bool = False
+) -> MllmProcessor:
+    """The processor alone of what `load_model` loads, with the same errors.
+
+    The settings of its modalities are those in their files, which an encoder of an old checkpoint may yet complete.
+    """
+    folder = resolve(str(model), Path(), "the model", trust_remote_code).folder
+    named = base_of(folder, base)
+    if named and not (folder / "tokenizer_config.json").exists():
+        source = resolve(named, Path(), "the base", trust_remote_code).folder
+    else:
+        source = folder
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return MllmProcessor(tokenizer, open_modalities(folder))
+
+
+def _load_adapter(
+    folder: Path, base: str, options: Mapping[str, Any]
+) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    from peft import PeftModel
+
     trusted = options["trust_remote_code"]
-    source = resolve(str(named), Path(), "the base", trusted).folder
-    check_remote_code(read_json(source / "config.json"), trusted, f"the base {named}")
+    source = resolve(base, Path(), "the base", trusted).folder
+    check_remote_code(read_json(source / "config.json"), trusted, f"the base {base}")
     llm = AutoModelForCausalLM.from_pretrained(source, **options)
     # In the base's dtype: PEFT's default of float32 casts every activation to and fro.
     adapted: Any = PeftModel.from_pretrained(llm, folder, autocast_adapter_dtype=False)
-    has_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else source, trust_remote_code=trusted)
-    processor = MllmProcessor(tokenizer, open_modalities(folder))
+    processor = load_processor(folder, base, trusted)
     return assemble(adapted, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
 

@@ -1,0 +1,264 @@
+"""`esmerge evaluate` on one page: a model and tasks in, results/<task>.json and results/<task>.jsonl out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.tasks.task import Task
+from esmerge.errors import InputError
+from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
+from esmerge.mllm.loading import load_model, load_processor
+from esmerge.sources import Source, resolve
+from lightning_modules.evaluation import Evaluation, Normalisation, ScoreKind, divisors
+from lightning_modules.evaluation_data import EvaluatedTask, EvaluationData
+from lightning_modules.evaluation_results import (
+    RESULTS_FOLDER,
+    all_versions,
+    describe_model,
+    describe_task,
+    esmerge_recipe,
+    outcomes_of,
+    read_results,
+    results_file,
+    summary,
+    write_results,
+)
+from lightning_modules.metrics import Score, scores_with_intervals
+from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest, hash_lines, tokenize_choices
+from lightning_modules.running import Devices, make_loggers, progress_callbacks, quiet_lightning
+from lightning_modules.sample_log import Record, UnfinishedRun
+from lightning_modules.samples import Item, Sample, load_samples
+from lightning_modules.tasks import load_task
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is evaluated.
+
+    Attributes:
+        base: of an adapter; None for the one that it names.
+        limit: samples per task at most, the first of the data; None for all.
+        batch_size: prompts at a time; None to find what memory allows.
+        score: by the choices' likelihood, or by generated text.
+        normalise: what log-likelihoods are divided by before choices are compared.
+        dtype: of the weights; `auto` for that of the files.
+        chat_template: a file, or `none`; None for the tokenizer's own.
+        as_text: modalities whose items are written as text.
+        resume: whether to go on with an interrupted evaluation, and to keep finished ones.
+        seed: of the bootstrap.
+        loggers: names of Lightning's loggers.
+        progress: whether to show progress bars.
+    """
+
+    base: str | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    score: ScoreKind = "likelihood"
+    normalise: Normalisation = "none"
+    dtype: str = "auto"
+    chat_template: str | None = None
+    as_text: tuple[str, ...] = ()
+    devices: Devices = field(default_factory=Devices)
+    resume: bool = False
+    seed: int = 42
+    loggers: tuple[str, ...] = ()
+    progress: bool = True
+
+
+def evaluate(
+    model: str, tasks: Sequence[str], settings: EvaluationSettings, output: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model on tasks and write the results.
+
+    Args:
+        model: whatever `esmerge.load_model` takes.
+        tasks: names, or paths of YAML files.
+        settings: how.
+        output: the folder in which `results` is written; None for the model's own.
+
+    Returns:
+        The results by task, as they are written; nothing in processes other than the first.
+
+    Raises:
+        InputError: for anything that the user can put right; before the model is loaded, as far as can be.
+    """
+    source = resolve(model, Path(), "the model")
+    folder = _output_folder(source, output)
+    loaded = [load_task(name) for name in tasks]
+    if len({task.name for task in loaded}) < len(loaded):
+        raise InputError("--task: two of the tasks have the same name; give each once.")
+    processor = load_processor(model, settings.base)
+    writer = PromptWriter(processor, ChatFormat.of(processor, settings.chat_template), settings.as_text)
+    prepared = [_prepare(task, processor, writer, settings, folder) for task in loaded]
+    settings.devices.check(min(len(task.samples) for task in prepared))
+    first = rank_zero_only.rank == 0
+    identity = describe_model(source, settings.base) if first or settings.resume else {}
+    runs = {task.task.name: _run_of(task, writer, settings, identity) for task in prepared}
+
+    results = {task.task.name: _finished(task, runs, settings, folder) for task in prepared}
+    pending = [task for task in prepared if results[task.task.name] is None]
+    if first:
+        (folder / RESULTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        for task in pending:
+            task.log.begin(runs[task.task.name], settings.resume)
+    if pending:
+        module = _answer(pending, partial(_load, model, settings), settings, folder)
+        if not module.trainer.is_global_zero:
+            return {}
+        for task in pending:
+            records = task.log.finish(folder / RESULTS_FOLDER, [sample.id for sample in task.samples])
+            scores = _scores(task, records, settings)
+            found = {
+                "task": describe_task(task.task),
+                "model": identity,
+                **summary(records, task.task.choices, scores),
+                "items": _forms(task.samples, writer),
+                "run": runs[task.task.name],
+                "settings": _described(settings, module, task),
+                "esmerge": esmerge_recipe(source.folder),
+                "versions": all_versions(),
+                **module.speed(task),
+            }
+            for logger in module.loggers:
+                logger.log_metrics({f"{task.task.name}/{name}": score.value for name, score in scores.items()})
+                logger.save()
+            write_results(results_file(folder, task.task.name), found)
+            task.log.remove()
+            results[task.task.name] = found
+    return {name: found for name, found in results.items() if found is not None}
+
+
+def _output_folder(source: Source, output: Path | None) -> Path:
+    if output is None and source.commit is not None:
+        raise InputError(f"{source.reference} is a model of the Hub: give the folder for its results with --output.")
+    folder = source.folder if output is None else output
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: {folder} is a file; give a folder.")
+    return folder
+
+
+def _prepare(
+    task: Task, processor: MllmProcessor, writer: PromptWriter, settings: EvaluationSettings, folder: Path
+) -> EvaluatedTask:
+    samples = load_samples(task, limit=settings.limit)
+    writer.check_modalities(task.name, samples)
+    by_likelihood = settings.score == "likelihood"
+    tokenizer = processor.tokenizer
+    choices = tokenize_choices(
+        task.choices,
+        [writer.answer(choice, task.answer_prefix) for choice in task.choices],
+        tokenizer,
+        compare_sums=by_likelihood and settings.normalise == "none",
+    )
+    prompts = [writer.write(sample, task.answer_prefix if by_likelihood else "") for sample in samples]
+    encoded = tokenizer([prompt.text for prompt in prompts], add_special_tokens=writer.add_special_tokens)
+    return EvaluatedTask(
+        task=task,
+        samples=samples,
+        prompt_ids=encoded["input_ids"],
+        choice_ids=choices,
+        tokenizer=tokenizer,
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=task.max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        log=UnfinishedRun(folder / RESULTS_FOLDER, task.name),
+    )
+
+
+def _run_of(
+    task: EvaluatedTask, writer: PromptWriter, settings: EvaluationSettings, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """All that determines the records of an evaluation."""
+    return {
+        "model": identity.get("hash"),
+        "base": identity.get("base", {}).get("hash"),
+        "task": task.task.name,
+        "version": task.task.version,
+        "samples": hash_lines(task.samples, lambda sample: [sample.id, sample.answer]),
+        "prompts": hash_lines(task.prompt_ids, list),
+        "choices": content_digest([list(task.task.choices), task.choice_ids]),
+        "chat_template": writer.chat.hash,
+        "score": settings.score,
+        "normalise": settings.normalise,
+        "dtype": settings.dtype,
+        "batch_size": settings.batch_size or "auto",
+    }
+
+
+def _finished(
+    task: EvaluatedTask, runs: dict[str, dict[str, Any]], settings: EvaluationSettings, folder: Path
+) -> dict[str, Any] | None:
+    """Results of the same evaluation that are there already."""
+    file = results_file(folder, task.task.name)
+    if not settings.resume or not file.exists():
+        return None
+    found = read_results(file)
+    return found if found["run"] == runs[task.task.name] else None
+
+
+def _load(model: str, settings: EvaluationSettings) -> MllmForConditionalGeneration:
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return load_model(model, settings.base, dtype)[0]
+
+
+def _answer(
+    tasks: Sequence[EvaluatedTask],
+    load: Callable[[], MllmForConditionalGeneration],
+    settings: EvaluationSettings,
+    folder: Path,
+) -> Evaluation:
+    """Fill the tasks' logs, on all devices."""
+    if not settings.progress or rank_zero_only.rank != 0:
+        disable_progress_bar()  # of the weights' loading
+    module = Evaluation(load, tasks, settings.score, settings.normalise, settings.devices.sharded)
+    data = EvaluationData(tasks, settings.batch_size, module.find_batch_size)
+    with quiet_lightning():
+        trainer = settings.devices.trainer(
+            logger=make_loggers(settings.loggers, folder / RESULTS_FOLDER) or False,
+            callbacks=progress_callbacks([task.task.name for task in tasks], settings.progress),
+            enable_progress_bar=settings.progress,
+            enable_checkpointing=False,
+        )
+        trainer.test(module, datamodule=data, verbose=False)
+    return module
+
+
+def _scores(task: EvaluatedTask, records: Sequence[Record], settings: EvaluationSettings) -> dict[str, Score]:
+    generated = settings.score == "generate"
+    lengths = None if generated else divisors(task.task, task.choice_ids, settings.normalise).tolist()
+    outcomes = outcomes_of(records, task.task.choices, lengths)
+    extra = ("total_accuracy", "invalid_rate") if generated else ()
+    wanted = list(dict.fromkeys((*task.task.metrics, *extra)))
+    return scores_with_intervals(outcomes, wanted, settings.seed)
+
+
+def _forms(samples: Sequence[Sample], writer: PromptWriter) -> dict[str, str]:
+    """How the model got the items of each modality."""
+    parts = (part for sample in samples for turn in sample.turns for part in turn.parts)
+    used = sorted({part.modality for part in parts if isinstance(part, Item)})
+    return {name: "encoder" if name in writer.encoded else "text" for name in used}
+
+
+def _described(settings: EvaluationSettings, module: Evaluation, task: EvaluatedTask) -> dict[str, Any]:
+    return {
+        "score": settings.score,
+        "normalise": settings.normalise,
+        "choice_lengths": divisors(task.task, task.choice_ids, settings.normalise).tolist(),
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "dtype": str(module.dtype_of_weights).removeprefix("torch."),
+        "batch_size": settings.batch_size or task.log.note("batch_size"),
+        "devices": settings.devices.count,
+        "strategy": settings.devices.strategy,
+        "accelerator": module.device.type,
+    }

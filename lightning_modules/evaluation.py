@@ -1,0 +1,211 @@
+"""Answers the questions of tasks with a model, by the likelihood of the choices or by what it generates."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from benchmarks.tasks.task import Task
+from esmerge.errors import InputError
+from esmerge.mllm import MllmForConditionalGeneration
+from lightning_modules.evaluation_data import EvaluatedTask, PromptBatch
+from lightning_modules.likelihood import AnswerScorer
+from lightning_modules.memory import bytes_per_row, first_batch_size, is_out_of_memory, release_memory
+from lightning_modules.sample_log import Record
+from lightning_modules.sharding import shard_llm
+from lightning_modules.shared_prefix import pad_left
+
+ScoreKind = Literal["likelihood", "generate"]
+Normalisation = Literal["none", "tokens", "characters"]
+
+
+class Evaluation(LightningModule):
+    """Asks a model every question of some tasks; one dataloader per task, in their order.
+
+    Args:
+        load: gives the model in evaluation mode; called once the process knows its device.
+        tasks: with their prompts, and the logs that the records go to.
+        score: by `likelihood` the most likely choice is the answer; by `generate` it is read from generated text.
+        normalise: what a choice's log-likelihood is divided by before choices are compared.
+        sharded: whether the ranks share the LLM's weights among them (FSDP).
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], MllmForConditionalGeneration],
+        tasks: Sequence[EvaluatedTask],
+        score: ScoreKind,
+        normalise: Normalisation = "none",
+        sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.load = load
+        self.tasks = tasks
+        self.score = score
+        self.normalise = normalise
+        self.sharded = sharded
+        self.model: MllmForConditionalGeneration | None = None
+        self._scorers: dict[str, AnswerScorer] = {}
+        self._times: dict[str, list[float]] = {task.task.name: [] for task in tasks}
+
+    def configure_model(self) -> None:
+        """Load the model; called by Lightning in every process, possibly more than once."""
+        if self.model is None:
+            self.model = self.load()
+            if self.sharded:
+                shard_llm(self.model.language_model, self.device_mesh["data_parallel"])
+
+    def test_step(self, batch: PromptBatch, batch_index: int, dataloader_idx: int = 0) -> None:
+        task = self.tasks[dataloader_idx]
+        started = time.perf_counter()
+        records = self.answer(task, batch.samples)
+        if batch.counts:
+            task.log.append(records, self.global_rank)
+        self._times[task.task.name] += [started, time.perf_counter()]
+
+    def on_test_epoch_end(self) -> None:
+        """All records are on the disk before any process goes on."""
+        for task in self.tasks:
+            task.log.close()
+        self.trainer.strategy.barrier()
+
+    def speed(self, task: EvaluatedTask) -> dict[str, float]:
+        """How long this process was at a task, with how many samples, on all devices together."""
+        times = self._times[task.task.name]
+        seconds = times[-1] - times[0] if times else 0.0
+        computed = task.pending
+        return {
+            "seconds": seconds,
+            "samples_computed": computed,
+            "samples_per_second": computed / seconds if seconds else 0.0,
+        }
+
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        """The LLM's."""
+        return next(self.llm.parameters()).dtype
+
+    @torch.inference_mode()
+    def find_batch_size(self, task: EvaluatedTask) -> int:
+        """The largest batch size that memory allows: an estimate, halved as long as the longest prompts do not fit.
+
+        All ranks come to the same.
+        """
+        longest = sorted(range(len(task.samples)), key=lambda index: -len(task.prompt_ids[index]))
+        new = task.task.max_new_tokens if self.score == "generate" else sum(len(ids) - 1 for ids in task.choice_ids)
+        row_bytes = bytes_per_row(
+            self.llm.config.get_text_config(),
+            self.dtype_of_weights.itemsize,
+            task.longest + new,
+            1 if self.score == "generate" else 1 + new,
+        )
+        processes = self.trainer.world_size
+        size = first_batch_size(self.device, processes, row_bytes, len(task.samples))
+        while True:
+            size = self._least(size)
+            fits = self._fits(task, longest[:size])
+            if self._least(int(fits)) or size == 1:
+                # A single sample that does not fit is reported when it is its turn.
+                return size
+            size //= 2
+
+    def _fits(self, task: EvaluatedTask, samples: Sequence[int]) -> bool:
+        try:
+            if self.score == "likelihood":
+                self._score(task, samples)
+            else:
+                ids, mask = (tensor.to(self.device) for tensor in pad_left([task.prompt_ids[i] for i in samples]))
+                self.llm(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        release_memory()
+        return False
+
+    def _least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="min"))
+
+    def answer(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+        """Records of some samples; where memory does not suffice for all at once, of halves of them."""
+        try:
+            return self._score(task, samples) if self.score == "likelihood" else self._generate(task, samples)
+        except (RuntimeError, MemoryError) as error:
+            # Ranks that share weights cannot go separate ways.
+            if not is_out_of_memory(error) or self.sharded:
+                raise
+            if len(samples) == 1:
+                raise InputError(
+                    f"the memory does not suffice for a single sample of {task.task.name}, "
+                    f"{len(task.prompt_ids[samples[0]])} tokens long: use --dtype bfloat16, or --strategy fsdp on "
+                    "several GPUs."
+                ) from error
+        # Outside of the handler, whose traceback would keep the tensors alive.
+        release_memory()
+        half = len(samples) // 2
+        return self.answer(task, samples[:half]) + self.answer(task, samples[half:])
+
+    def _score(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+        assert self.model is not None
+        scorer = self._scorers.get(task.task.name)
+        if scorer is None:
+            # The beginning that prompts of another task share is of no use any more.
+            self._scorers = {}
+            scorer = AnswerScorer(self.llm, task.choice_ids, task.beginning, task.longest)
+            self._scorers[task.task.name] = scorer
+        scores = scorer([task.prompt_ids[index] for index in samples]).cpu()
+        compared = scores / divisors(task.task, task.choice_ids, self.normalise)
+        choices = task.task.choices
+        return [
+            {
+                "id": task.samples[index].id,
+                "answer": choices[task.samples[index].answer],
+                "prediction": choices[best],
+                "log_likelihoods": dict(zip(choices, row, strict=True)),
+            }
+            for index, best, row in zip(samples, compared.argmax(dim=1).tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _generate(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+        prompts = [task.prompt_ids[index] for index in samples]
+        ids, mask = (tensor.to(self.device) for tensor in pad_left(prompts))
+        made = self.llm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=task.generation_config,
+            synced_gpus=self.sharded and self.trainer.world_size > 1,
+        )
+        texts = task.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        records = []
+        for index, text in zip(samples, texts, strict=True):
+            found = task.task.parse(text)
+            records.append(
+                {
+                    "id": task.samples[index].id,
+                    "answer": task.task.choices[task.samples[index].answer],
+                    "prediction": None if found is None else task.task.choices[found],
+                    "generated": text,
+                }
+            )
+        return records
+
+    @property
+    def llm(self) -> Any:
+        """The LLM inside the model: transformers' or PEFT's."""
+        assert self.model is not None
+        return self.model.language_model
+
+
+def divisors(task: Task, choice_ids: Sequence[Sequence[int]], normalise: Normalisation) -> Tensor:
+    """What the choices' log-likelihoods are divided by, float32 [K]."""
+    lengths = {
+        "none": [1 for _ in task.choices],
+        "tokens": [len(ids) for ids in choice_ids],
+        "characters": [len(choice) for choice in task.choices],
+    }
+    return torch.tensor(lengths[normalise], dtype=torch.float32)

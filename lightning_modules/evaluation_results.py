@@ -1,0 +1,154 @@
+"""results/<task>.json: what an evaluation found, and all that is needed to know what was evaluated."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.tasks.task import Task
+from esmerge.checkpoint import Checkpoint
+from esmerge.errors import InputError
+from esmerge.mllm.loading import base_of
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE
+from esmerge.results import RECORD_FILE, versions
+from esmerge.sources import Source, content_hash, read_json, resolve
+from lightning_modules.metrics import UNREADABLE, Outcomes, Score, log_odds
+from lightning_modules.sample_log import Record
+
+RESULTS_FOLDER = "results"
+# Fields of a task that cards and comparisons read.
+_TASK_FIELDS = ("name", "version", "title", "dataset", "benchmark", "licence", "citation", "metrics", "choices")
+_PACKAGES = ("peft", "pytorch-lightning", "torchmetrics")
+
+
+def results_file(folder: Path, task: str) -> Path:
+    """The results of a task in the folder of a model."""
+    return folder / RESULTS_FOLDER / f"{task}.json"
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """What a reader of results has to know about a task."""
+    fields = task.model_dump(mode="json")
+    return {name: fields[name] for name in (*_TASK_FIELDS, "baselines")}
+
+
+def describe_model(source: Source, base: str | None) -> dict[str, Any]:
+    """Name, commit and content hash of a model; of an adapter, its base's too. No path of this machine."""
+    found: dict[str, Any] = {"name": source.folder.resolve().name}
+    if source.commit is not None:
+        found = {"name": source.reference, "commit": source.commit}
+    found["hash"] = model_hash(source.folder)
+    if named := base_of(source.folder, base):
+        found["base"] = describe_model(resolve(named, Path(), "the base"), None)
+    return found
+
+
+def model_hash(folder: Path) -> str:
+    """`xxh3:<hex>` of weights, configuration, tokenizer and encoders; not of cards, results or records beside them."""
+    import xxhash
+
+    stem = "adapter_model" if (folder / "adapter_config.json").exists() else "model"
+    hashes = [_hash_part(folder, stem)]
+    for modality in sorted((folder / MODALITIES_FOLDER).glob("*")):
+        weights = WEIGHTS_FILE.removesuffix(".safetensors")
+        has_weights = any(modality.glob(f"{weights}*.safetensors"))
+        others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(weights))
+        hashes += [modality.name, _hash_part(modality, weights if has_weights else None), *map(content_hash, others)]
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())}"
+
+
+def _hash_part(folder: Path, stem: str | None) -> str:
+    if stem is None:
+        return content_hash(folder)
+    with Checkpoint.open(folder, stem) as checkpoint:
+        return content_hash(folder, checkpoint)
+
+
+def esmerge_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a merged model, with the last names of folders only; None if esmerge did not merge it."""
+    file = folder / RECORD_FILE
+    if not file.exists():
+        return None
+    try:
+        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = record["recipe"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is no record of a merge: restore or remove it.") from error
+    portable_recipe: dict[str, Any] = portable(recipe)
+    return portable_recipe
+
+
+def portable(value: Any) -> Any:
+    """The value without paths of this machine: of each, the last name is left."""
+    if isinstance(value, Mapping):
+        return {key: portable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(entry) for entry in value]
+    if isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[\\/]", value) and "\n" not in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def all_versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    return {**versions(), **{name: version(name) for name in _PACKAGES}}
+
+
+def outcomes_of(records: Sequence[Record], choices: Sequence[str], lengths: Sequence[float] | None = None) -> Outcomes:
+    """What metrics are made of.
+
+    Args:
+        records: of a log.
+        choices: of the task.
+        lengths: what each choice's log-likelihood is divided by; None for generated answers.
+    """
+    index = {choice: number for number, choice in enumerate(choices)}
+    answers = torch.tensor([index[record["answer"]] for record in records])
+    predictions = torch.tensor([index.get(record["prediction"], UNREADABLE) for record in records])
+    if lengths is None:
+        return Outcomes(answers, predictions, len(choices))
+    found = [[record["log_likelihoods"][choice] for choice in choices] for record in records]
+    scores = torch.tensor(found, dtype=torch.float64) / torch.tensor(lengths, dtype=torch.float64)
+    return Outcomes(answers, predictions, len(choices), log_odds(scores))
+
+
+def summary(records: Sequence[Record], choices: Sequence[str], scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Scores and counts as results hold them."""
+    answers = Counter(record["answer"] for record in records)
+    predictions = Counter(record["prediction"] for record in records)
+    return {
+        "samples": len(records),
+        "scores": {
+            name: {key: _number(value) for key, value in asdict(score).items()} for name, score in scores.items()
+        },
+        "invalid_rate": predictions[None] / len(records),
+        "answers": {choice: answers[choice] for choice in choices},
+        "predictions": {choice: predictions[choice] for choice in choices},
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def write_results(file: Path, content: Mapping[str, Any]) -> None:
+    """Write results, all or nothing."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Results that `write_results` wrote; `InputError` if they are missing or not what it writes."""
+    content = read_json(file)
+    if missing := [name for name in ("task", "run", "scores", "samples") if name not in content]:
+        raise InputError(f"{file} is no result of esmerge evaluate: it has no {missing[0]}; evaluate the model again.")
+    return content

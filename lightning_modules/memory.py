@@ -1,0 +1,82 @@
+"""How many prompts fit into memory at a time."""
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Beyond these, larger batches do not compute faster, but fill up more with padding.
+MOST_ROWS = {"cpu": 32}
+MOST_ROWS_ELSEWHERE = 256
+# For what the estimate leaves out, and for others on the machine.
+_USABLE_SHARE = 0.6
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of the machine, did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "DefaultCPUAllocator" in text)
+
+
+def release_memory() -> None:
+    """Give back what a computation that failed has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device, processes: int) -> int:
+    """Bytes that one of the `processes` on this machine may use on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    # A container has less than its machine.
+    limit = "".join(_lines(_CGROUP / "memory.max"))
+    if limit.isdigit():
+        free = min(free, int(limit) - int("".join(_lines(_CGROUP / "memory.current")) or 0))
+    return max(0, free) // processes
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def bytes_per_row(config: Any, itemsize: int, length: int, logits: int) -> int:
+    """An estimate, rather too high, of what a forward of one more row takes.
+
+    Args:
+        config: of the LLM.
+        itemsize: bytes of a number in the model's dtype.
+        length: tokens of the row.
+        logits: positions whose logits are computed.
+    """
+    heads = config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = 2 * config.num_hidden_layers * kept * head_size * itemsize
+    # One layer's activations at a time, and its attention weights with the mask.
+    layer = (
+        8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
+    ) * itemsize
+    attention = 2 * heads * length * max(4, itemsize)
+    # As the model gives them, in float32, and as log-probabilities.
+    vocabulary = config.vocab_size * (itemsize + 8) * logits
+    return length * (cache + layer + attention) + vocabulary
+
+
+def first_batch_size(device: torch.device, processes: int, row_bytes: int, samples: int) -> int:
+    """The batch size to try first."""
+    most = MOST_ROWS.get(device.type, MOST_ROWS_ELSEWHERE)
+    fitting = int(free_memory(device, processes) * _USABLE_SHARE) // max(1, row_bytes)
+    return max(1, min(most, samples, fitting))

@@ -1,0 +1,167 @@
+"""`esmerge evaluate` on tiny models: what it writes is right, and stays the same however it is run."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_modules.samples import load_samples
+from lightning_modules.tasks import load_task
+
+
+def plain_scores(model, tokenizer, task, sample):
+    """The choices' log-likelihoods by transformers alone: one sequence per choice."""
+    messages = [
+        {"role": turn.role, "content": "".join(getattr(p, "value", p) for p in turn.parts)} for turn in sample.turns
+    ]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    found = []
+    for choice in task.choices:
+        ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1].log_softmax(dim=-1)
+        found.append(sum(logits[place, token].item() for place, token in enumerate(ids)))
+    return found
+
+
+def test_scores_are_those_of_one_sequence_at_a_time(esmerge, text_model, write_task, results_of):
+    file = write_task()
+    code, out, err = esmerge("evaluate", text_model, "--task", file, "--quiet")
+    assert code == 0, err
+    results, log = results_of(text_model)
+    task, samples = load_task(str(file)), load_samples(load_task(str(file)))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(text_model), AutoTokenizer.from_pretrained(text_model)
+    assert [record["id"] for record in log] == [sample.id for sample in samples]
+    for record, sample in zip(log, samples, strict=True):
+        expected = plain_scores(model, tokenizer, task, sample)
+        assert list(record["log_likelihoods"].values()) == pytest.approx(expected, abs=1e-5)
+        assert record["prediction"] == task.choices[max(range(2), key=expected.__getitem__)]
+        assert record["answer"] == task.choices[sample.answer]
+    right = sum(record["prediction"] == record["answer"] for record in log)
+    score = results["scores"]["accuracy"]
+    assert score["value"] == pytest.approx(right / 23)
+    assert score["low"] <= score["value"] <= score["high"]
+    assert list(results["scores"]) == ["accuracy", "macro_f1", "mcc", "auroc", "average_precision"]
+    assert re.search(rf"accuracy\W+{score['value']:.3f}", out)
+
+
+def test_results_say_what_was_evaluated(esmerge, text_model, write_task, results_of, tmp_path):
+    esmerge("evaluate", text_model, "--task", write_task(), "--quiet", "--limit", 9)
+    results, log = results_of(text_model)
+    assert results["samples"] == len(log) == 9
+    assert sum(results["answers"].values()) == sum(results["predictions"].values()) == 9
+    assert results["task"]["title"] == "Solubility"
+    assert results["task"]["version"] == 1
+    assert results["model"]["name"] == "model"
+    assert results["items"] == {"molecule": "text"}
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["samples_per_second"] > 0
+    assert results["esmerge"] is None
+    assert str(tmp_path) not in (text_model / "results" / "toy.json").read_text()
+    # Nothing else was left there.
+    assert sorted(file.name for file in (text_model / "results").iterdir()) == ["toy.json", "toy.jsonl"]
+
+
+def test_hashes_tell_models_and_prompts_apart(esmerge, text_model, write_task, results_of, tmp_path):
+    runs = {}
+    other = shutil.copytree(text_model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }} ->")
+    for name, arguments in {
+        "first": [text_model],
+        "again": [text_model],
+        "model": [other],
+        "template": [text_model, "--chat-template", tmp_path / "template.jinja"],
+        "none": [text_model, "--chat-template", "none"],
+    }.items():
+        output = tmp_path / f"out-{name}"
+        code, _, err = esmerge("evaluate", *arguments, "--task", write_task(), "--quiet", "-o", output)
+        assert code == 0, err
+        runs[name] = results_of(output)[0]["run"]
+    assert runs["first"] == runs["again"]
+    assert runs["model"]["model"] != runs["first"]["model"]
+    assert runs["model"]["prompts"] == runs["first"]["prompts"]
+    assert len({runs[name]["prompts"] for name in ("first", "template", "none")}) == 3
+    assert len({runs[name]["chat_template"] for name in ("first", "template", "none")}) == 3
+
+
+def test_scores_do_not_depend_on_the_batch_size(esmerge, text_model, write_task, results_of, tmp_path):
+    logs = []
+    for size in (1, 4, 7, "auto"):
+        esmerge(
+            "evaluate", text_model, "--task", write_task(), "--quiet", "--batch-size", size, "-o", tmp_path / f"{size}"
+        )
+        logs.append(results_of(tmp_path / f"{size}")[1])
+    for log in logs[1:]:
+        for record, other in zip(logs[0], log, strict=True):
+            assert record["prediction"] == other["prediction"]
+            assert list(record["log_likelihoods"].values()) == pytest.approx(
+                list(other["log_likelihoods"].values()), abs=1e-5
+            )
+
+
+def test_normalised_by_length(esmerge, text_model, write_task, results_of, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    tokens = [len(tokenizer(choice)["input_ids"]) for choice in ("Yes", "No way")]
+    assert tokens[0] != tokens[1]
+    for kind, lengths in {"tokens": tokens, "characters": [3, 6]}.items():
+        output = tmp_path / kind
+        esmerge("evaluate", text_model, "--task", write_task(), "--quiet", "--normalise", kind, "-o", output)
+        for record in results_of(output)[1]:
+            yes, no = (score / by for score, by in zip(record["log_likelihoods"].values(), lengths, strict=True))
+            assert record["prediction"] == ("Yes" if yes > no else "No way")
+
+
+def test_generated_answers_are_read(esmerge, text_model, write_task, results_of):
+    file = write_task(max_new_tokens=5)
+    code, _, err = esmerge("evaluate", text_model, "--task", file, "--quiet", "--score", "generate", "--batch-size", 4)
+    assert code == 0, err
+    results, log = results_of(text_model)
+    task, samples = load_task(str(file)), load_samples(load_task(str(file)))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(text_model), AutoTokenizer.from_pretrained(text_model)
+    for record, sample in zip(log, samples, strict=True):
+        messages = [{"role": "user", "content": "".join(getattr(p, "value", p) for p in sample.turns[0].parts)}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert record["generated"] == tokenizer.decode(made, skip_special_tokens=True)
+        found = task.parse(record["generated"])
+        assert record["prediction"] == (None if found is None else task.choices[found])
+    assert results["invalid_rate"] == sum(record["prediction"] is None for record in log) / len(log)
+    assert "auroc" not in results["scores"]
+    assert {"total_accuracy", "invalid_rate"} <= results["scores"].keys()
+
+
+def test_the_likelihood_is_taken_behind_the_answer_prefix(esmerge, text_model, write_task, results_of):
+    file = write_task(samples=5, answer_prefix="Final answer: ")
+    esmerge("evaluate", text_model, "--task", file, "--quiet")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(text_model), AutoTokenizer.from_pretrained(text_model)
+    for record, sample in zip(results_of(text_model)[1], load_samples(load_task(str(file))), strict=True):
+        messages = [{"role": "user", "content": "".join(getattr(p, "value", p) for p in sample.turns[0].parts)}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + "Final answer:"
+        ids, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{prompt} Yes"))
+        logits = model(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
+        expected = sum(logits[place - 1, whole[place]].item() for place in range(len(ids), len(whole)))
+        assert record["log_likelihoods"]["Yes"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_tasks_and_an_adapter(esmerge, llama, write_task, results_of, tmp_path):
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    files = [write_task(7), write_task(11, name="other", version=3)]
+    arguments = [part for file in files for part in ("--task", file)]
+    code, _, err = esmerge("evaluate", adapter, *arguments, "--quiet", "--base", llama / "base")
+    assert code == 0, err
+    first, second = results_of(adapter)[0], results_of(adapter, "other")[0]
+    assert (first["samples"], second["samples"]) == (7, 11)
+    assert second["task"]["version"] == 3
+    assert first["model"]["base"]["name"] == "base"
+    esmerge("evaluate", llama / "base", "--task", files[0], "--quiet", "-o", tmp_path / "base-results")
+    base = results_of(tmp_path / "base-results")
+    assert base[0]["model"]["hash"] == first["model"]["base"]["hash"]
+    assert base[1] != results_of(adapter)[1]

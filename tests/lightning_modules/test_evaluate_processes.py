@@ -1,0 +1,149 @@
+"""Evaluations by the installed program in processes of their own: several at a time, killed, short of memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SAME = ("samples", "scores", "invalid_rate", "answers", "predictions", "run")
+
+
+@pytest.fixture
+def start(esmerge_program, text_model):
+    """A function that starts an evaluation of the text model."""
+
+    def start(*arguments, **environment):
+        return subprocess.Popen(
+            [esmerge_program, "evaluate", text_model, "--quiet", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    """A function that runs such an evaluation, which must succeed."""
+
+    def run(*arguments):
+        process = start(*arguments)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("score", ["likelihood", "generate"])
+def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path, score):
+    # 23 samples in batches of 3 are eight batches, the last of two samples; 5 in batches of 3 are two.
+    tasks = ["--task", write_task(23), "--task", write_task(7, name="small")]
+    arguments = [*tasks, "--batch-size", 3, "--score", score, "--accelerator", "cpu"]
+    run(*arguments, "-o", tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        output = tmp_path / strategy
+        printed = run(*arguments, "--devices", 2, "--strategy", strategy, "-o", output)
+        assert printed.count("mcc") == 2  # by one process only
+        for task in ("toy", "small"):
+            one, many = (tmp_path / "one" / "results", output / "results")
+            assert (one / f"{task}.jsonl").read_bytes() == (many / f"{task}.jsonl").read_bytes()
+            first, second = results_of(tmp_path / "one", task)[0], results_of(output, task)[0]
+            assert {name: first[name] for name in SAME} == {name: second[name] for name in SAME}
+            assert second["settings"]["devices"] == 2
+
+
+def kill_in_the_middle(process, folder, after):
+    """Kill a process when so many records are on the disk."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if sum(file.read_bytes().count(b"\n") for file in folder.glob("rank*.jsonl")) >= after:
+            break
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_results(start, run, write_task, results_of, text_model, tmp_path):
+    arguments = ["--task", write_task(400), "--batch-size", 3]
+    run(*arguments, "-o", tmp_path / "whole")
+    unfinished = text_model / "results" / ".toy.unfinished"
+    kill_in_the_middle(start(*arguments), unfinished, after=20)
+    assert not (text_model / "results" / "toy.json").exists()
+    # As a process that was killed while it wrote may leave it.
+    with (unfinished / "rank0.jsonl").open("r+b") as stream:
+        stream.truncate(stream.seek(0, os.SEEK_END) - 5)
+    run(*arguments, "--resume")
+    found, whole = results_of(text_model), results_of(tmp_path / "whole")
+    assert found[1] == whole[1]
+    assert {name: found[0][name] for name in SAME} == {name: whole[0][name] for name in SAME}
+    assert 0 < found[0]["samples_computed"] < 400
+    assert not unfinished.exists()
+    # What is finished stays as it is.
+    before = (text_model / "results" / "toy.json").stat().st_mtime_ns
+    run(*arguments, "--resume")
+    assert (text_model / "results" / "toy.json").stat().st_mtime_ns == before
+
+
+def test_goes_on_with_another_number_of_devices(start, run, write_task, text_model, tmp_path):
+    arguments = ["--task", write_task(400), "--batch-size", 3, "--accelerator", "cpu"]
+    run(*arguments, "-o", tmp_path / "whole")
+    kill_in_the_middle(start(*arguments), text_model / "results" / ".toy.unfinished", after=20)
+    run(*arguments, "--resume", "--devices", 2)
+    logs = [folder / "results" / "toy.jsonl" for folder in (text_model, tmp_path / "whole")]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+
+
+def test_a_damaged_log_is_one_sentence(start, write_task, text_model):
+    arguments = ["--task", write_task(400), "--batch-size", 3]
+    unfinished = text_model / "results" / ".toy.unfinished"
+    kill_in_the_middle(start(*arguments), unfinished, after=20)
+    lines = (unfinished / "rank0.jsonl").read_text().splitlines(keepends=True)
+    (unfinished / "rank0.jsonl").write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    process = start(*arguments, "--resume")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "rank0.jsonl, line 2 is no record of a sample" in err
+    assert len(err.strip().splitlines()) == 1
+    process = start(*arguments[:2], "--batch-size", 4, "--resume")
+    assert "differs in batch_size" in process.communicate()[1]
+
+
+def test_the_batch_size_is_halved_until_it_fits(text_model, write_task):
+    """With an estimate that is far too high and little address space, allocations really fail."""
+    script = f"""
+import resource, sys
+import torch, transformers, lightning_modules.evaluate
+from lightning_modules import evaluation, likelihood
+from lightning_modules.likelihood import AnswerScorer
+evaluation.first_batch_size = lambda *arguments: 64
+tried = []
+score = AnswerScorer.__call__
+def scarce(self, prompts):
+    tried.append(len(prompts))
+    ballast = torch.empty(len(prompts) * (1 << 28), dtype=torch.uint8)
+    return score(self, prompts)
+AnswerScorer.__call__ = scarce
+from esmerge.cli import main
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), -1))
+sys.argv = ["esmerge", "evaluate", {str(text_model)!r}, "--task", {str(write_task(70))!r}, "--quiet"]
+try:
+    main()
+finally:
+    print(tried)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tried = json.loads(done.stdout.strip().splitlines()[-1])
+    assert tried[:4] == [64, 32, 16, 8]
+    results = json.loads((text_model / "results" / "toy.json").read_text())
+    assert results["settings"]["batch_size"] == 8
+    assert results["samples"] == 70
