@@ -189,6 +189,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--logger", metavar="csv|tensorboard|wandb", help="Log the scores there too; may be repeated."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a MODEL on tasks, or compare models that were evaluated.
@@ -233,6 +234,7 @@ def evaluate(
         seed=seed,
         loggers=tuple(logger or ()),
         progress=not quiet,
+        trust_remote_code=trust_remote_code,
     )
     print_results(run(models[0], task, settings, output))
 

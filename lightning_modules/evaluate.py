@@ -55,6 +55,7 @@ class EvaluationSettings:
         seed: of the bootstrap.
         loggers: names of Lightning's loggers.
         progress: whether to show progress bars.
+        trust_remote_code: whether code that comes with the model may run.
     """
 
     base: str | None = None
@@ -70,6 +71,7 @@ class EvaluationSettings:
     seed: int = 42
     loggers: tuple[str, ...] = ()
     progress: bool = True
+    trust_remote_code: bool = False
 
 
 def evaluate(
@@ -89,12 +91,12 @@ def evaluate(
     Raises:
         InputError: for anything that the user can put right; before the model is loaded, as far as can be.
     """
-    source = resolve(model, Path(), "the model")
+    source = resolve(model, Path(), "the model", settings.trust_remote_code)
     folder = _output_folder(source, output)
     loaded = [load_task(name) for name in tasks]
     if len({task.name for task in loaded}) < len(loaded):
         raise InputError("--task: two of the tasks have the same name; give each once.")
-    processor = load_processor(model, settings.base)
+    processor = load_processor(model, settings.base, settings.trust_remote_code)
     writer = PromptWriter(processor, ChatFormat.of(processor, settings.chat_template), settings.as_text)
     prepared = [_prepare(task, processor, writer, settings, folder) for task in loaded]
     settings.devices.check(min(len(task.samples) for task in prepared))
@@ -208,7 +210,7 @@ def _finished(
 
 def _load(model: str, settings: EvaluationSettings) -> MllmForConditionalGeneration:
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return load_model(model, settings.base, dtype)[0]
+    return load_model(model, settings.base, dtype, trust_remote_code=settings.trust_remote_code)[0]
 
 
 def _answer(

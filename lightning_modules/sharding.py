@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -15,10 +16,10 @@ def shard_llm(llm: nn.Module, mesh: DeviceMesh) -> None:
     """
     for layer in decoder_layers(llm):
         fully_shard(layer, mesh=mesh)
-    fully_shard(llm, mesh=mesh)
+    fully_shard(llm, mesh=mesh, reshard_after_forward=True)
 
 
 def decoder_layers(llm: Any) -> list[nn.Module]:
     """The modules that transformers names as those to keep on one device: the decoder's layers."""
-    names = set(getattr(llm, "_no_split_modules", None) or getattr(llm.get_base_model(), "_no_split_modules", ()))
-    return [module for module in llm.modules() if type(module).__name__ in names]
+    plain = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    return [module for module in plain.modules() if type(module).__name__ in plain._no_split_modules]

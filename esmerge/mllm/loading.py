@@ -68,9 +68,7 @@ def base_of(folder: Path, base: str | Path | None = None) -> str | None:
     return str(named)
 
 
-def load_processor(
-    model: str | Path, base: str | Path | None = None, trust_remote_code: bool = False
-) -> MllmProcessor:
+def load_processor(model: str | Path, base: str | Path | None = None, trust_remote_code: bool = False) -> MllmProcessor:
     """The processor alone of what `load_model` loads, with the same errors.
 
     The settings of its modalities are those in their files, which an encoder of an old checkpoint may yet complete.
