@@ -143,7 +143,10 @@ finally:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tried = json.loads(done.stdout.strip().splitlines()[-1])
-    assert tried[:4] == [64, 32, 16, 8]
     results = json.loads((text_model / "results" / "toy.json").read_text())
-    assert results["settings"]["batch_size"] == 8
-    assert results["samples"] == 70
+    size = results["settings"]["batch_size"]
+    assert size < 64
+    halvings = tried.index(size) + 1
+    assert tried[:halvings] == [64 >> step for step in range(halvings)]
+    assert sum(tried[halvings:]) == results["samples"] == 70
+    assert max(tried[halvings:]) == size
