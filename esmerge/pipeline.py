@@ -276,7 +276,8 @@ def _record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mappi
         "versions": results.versions(),
         "tensors": dict(counts),
     }
-    left_out = {specialist.name: specialist.left_out for specialist in plan.specialists if specialist.left_out}
+    left_out = {"base": plan.left_out, **{specialist.name: specialist.left_out for specialist in plan.specialists}}
+    left_out = {name: counts for name, counts in left_out.items() if counts}
     if left_out:
         record["left_out"] = left_out
     if merger.kept_energy:

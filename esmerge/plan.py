@@ -4,75 +4,35 @@ From headers and configs alone, except that an adapter made of specialists that 
 with the base's.
 """
 
+import fnmatch
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from esmerge.checkpoint import Checkpoint
+from esmerge.configs import difference, kind_of, quantisation
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.methods import METHODS
 from esmerge.modalities import Modality, TextModality
 from esmerge.modalities.modality import MissingPackageError, with_encoder
 from esmerge.modalities.registry import check_shapes, empty_encoder
-from esmerge.names import canonical_names, layer_of, natural_order
+from esmerge.names import canonical_names, natural_order
 from esmerge.probe import check_items, check_modalities, check_template, numbered_items
-from esmerge.recipe import Recipe, SignalsRecipe
+from esmerge.recipe import FixedRecipe, Recipe, SignalsRecipe
 from esmerge.remote_code import check_remote_code, needs_remote_code
 from esmerge.scores import row_blocks
 from esmerge.sources import Source, resolve
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, SpecialistEncoder, open_specialist
-from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
-from esmerge.vocabulary import Vocabulary, join_vocabularies
+from esmerge.specialists.full import DOUBLED_EMBEDDINGS, INPUT_EMBEDDINGS, doubled_embeddings
+from esmerge.targets import Target, join_targets, match_targets
+from esmerge.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 64
-
-MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Tensors with one row per token.
-_PER_TOKEN = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor of the result.
-
-    Attributes:
-        name: canonical.
-        stored: its name in the base's checkpoint, where its values are merged from.
-        written: its name in the result.
-        dtype, shape: as the base has it.
-        rows: of the result; more than the base's where specialists have tokens of their own.
-        changed: per specialist the canonical name of the delta that it adds here; None if it adds none.
-    """
-
-    name: str
-    stored: str
-    written: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    rows: int
-    changed: tuple[str | None, ...]
-
-    @property
-    def layer(self) -> int | None:
-        """Number of its decoder layer; None outside the layers."""
-        return layer_of(self.name)
-
-    @property
-    def merged(self) -> bool:
-        """Whether any specialist changes it."""
-        return any(self.changed)
-
-    @property
-    def result_shape(self) -> tuple[int, ...]:
-        """Its shape in the result."""
-        return (self.rows, *self.shape[1:]) if self.shape else ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +43,7 @@ class Plan:
         targets: all tensors of the result, in the order of the layers.
         vocabulary: of the result.
         untied: whether the result has output embeddings of its own though the base ties them to the input's.
+        left_out: how many of the base's tensors the result does without, by what they are.
         trust_remote_code: whether the base's own code may run.
     """
 
@@ -94,6 +55,7 @@ class Plan:
     targets: list[Target]
     vocabulary: Vocabulary
     untied: bool
+    left_out: dict[str, int]
     trust_remote_code: bool = False
 
     @property
@@ -117,6 +79,13 @@ class Plan:
         """Whether items go through encoders, for the probe."""
         probe = self.recipe.probe
         return isinstance(self.recipe.coefficients, SignalsRecipe) and probe is not None and probe.data is not None
+
+    def coefficient_names(self, target: Target) -> list[str]:
+        """The names that coefficients know a target by: its own, or those of the factors it is merged as."""
+        if self.recipe.space == "weights":
+            return [target.name]
+        module = target.name.removesuffix(".weight")
+        return [f"{module}.lora_b.weight", f"{module}.lora_a.weight"]
 
     def path(self, reference: str) -> Path:
         """A path that the recipe gives, relative to the recipe's folder."""
@@ -163,30 +132,50 @@ def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
     """
     base = resolve(recipe.base, recipe.folder, "base", trust_remote_code)
     check_remote_code(base.config(), trust_remote_code, f"the base {recipe.base}")
-    if base.config().get("quantization_config"):
-        raise InputError(f"the base {recipe.base} is quantised; use it in bfloat16, float16 or float32.")
     checkpoint = Checkpoint.open(base.folder)
+    if (method := quantisation(base.config(), checkpoint)) is not None:
+        raise InputError(f"the base {recipe.base} is quantised ({method}); use it in bfloat16, float16 or float32.")
     sources, specialists = [], []
     for name, entry in recipe.specialists.items():
         sources.append(resolve(entry.model, recipe.folder, f"specialists.{name}.model"))
         specialists.append(_open(recipe, name, sources[-1].folder))
         check_remote_code(specialists[-1].config, trust_remote_code, f"the specialist {name}")
-    _check_count(recipe)
     _check_origin(base, specialists)
     stored = canonical_names(
         [name for name in checkpoint if not name.endswith("rotary_emb.inv_freq")], f"the base {recipe.base}"
     )
-    targets, untied = _match(base, checkpoint, stored, specialists)
-    targets, vocabulary = _join(base, targets, specialists)
-    plan = Plan(recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied, trust_remote_code)
+    left_out = {}
+    if doubled := doubled_embeddings(base.config(), checkpoint, stored):
+        del stored[doubled]
+        left_out[DOUBLED_EMBEDDINGS] = 1
+    targets, untied = match_targets(base, checkpoint, stored, specialists)
+    targets, vocabulary = join_targets(base, targets, specialists)
+    plan = Plan(
+        recipe, base, checkpoint, sources, specialists, targets, vocabulary, untied, left_out, trust_remote_code
+    )
     _check_modalities(plan)
     _check_frozen(plan)
     _check_distances(plan)
     if recipe.space == "factors":
         _check_factors(plan)
+    if recipe.output.format == "adapter":
+        plan = _fit_adapter(plan)
+    return with_recipe(plan, recipe)
+
+
+def with_recipe(plan: Plan, recipe: Recipe) -> Plan:
+    """The same inputs, merged as a recipe says that differs in method and coefficients alone.
+
+    Raises:
+        InputError: if these do not fit the inputs.
+    """
+    plan = replace(plan, recipe=recipe)
+    _check_count(recipe)
     if isinstance(recipe.coefficients, SignalsRecipe):
         _check_probe(plan)
-    return _fit_adapter(plan) if recipe.output.format == "adapter" else plan
+    else:
+        _check_patterns(plan, recipe.coefficients)
+    return plan
 
 
 def _open(recipe: Recipe, name: str, folder: Path) -> Specialist:
@@ -209,6 +198,24 @@ def _check_count(recipe: Recipe) -> None:
         )
 
 
+def _check_patterns(plan: Plan, coefficients: FixedRecipe) -> None:
+    """Patterns must match a tensor each, and every tensor that is merged a pattern."""
+    if not isinstance(coefficients.from_, dict):
+        return
+    factors = plan.recipe.space == "factors"
+    known = [name for t in plan.targets if t.merged or not factors for name in plan.coefficient_names(t)]
+    for specialist, patterns in coefficients.from_.items():
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            if not fnmatch.filter(known, pattern):
+                raise InputError(
+                    f"coefficients.{specialist}: the pattern {pattern!r} matches no tensor; "
+                    f"the names of tensors are like {known[0] if known else 'layers.0.mlp.up_proj.weight'}."
+                )
+    for target in plan.merged:
+        for name in plan.coefficient_names(target):
+            coefficients.numbers(name, list(plan.recipe.specialists))
+
+
 def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
     """Find specialists of another model from their configs, before their tensors are compared."""
     ours = base.config()
@@ -217,16 +224,14 @@ def _check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
             continue
         if specialist.config.get("model_type") != ours.get("model_type"):
             raise InputError(
-                f"{specialist.name} is {_kind(specialist.config)}, the base is {_kind(ours)}: specialists must be "
+                f"{specialist.name} is {kind_of(specialist.config)}, the base is {kind_of(ours)}: specialists must be "
                 "trained from the base."
             )
-        for field in ("hidden_size", "num_hidden_layers", "intermediate_size"):
-            # Configs inside others may leave out what is at its default.
-            if field in specialist.config and specialist.config[field] != ours.get(field):
-                raise InputError(
-                    f"{specialist.name} has {field} {specialist.config.get(field)}, the base {ours.get(field)}: "
-                    "specialists must be trained from the base."
-                )
+        if (found := difference(specialist.config, ours)) is not None:
+            field, own, expected = found
+            raise InputError(
+                f"{specialist.name} has {field} {own}, the base {expected}: specialists must be trained from the base."
+            )
     named = {
         str(specialist.config.get("base_model_name_or_path"))
         for specialist in specialists
@@ -342,119 +347,6 @@ def _check_distances(plan: Plan) -> None:
                 middle.name,
                 plan.recipe.base,
             )
-
-
-def _kind(config: object) -> str:
-    assert isinstance(config, dict)
-    architectures = config.get("architectures") or [str(config.get("model_type"))]
-    return str(architectures[0]).removesuffix("ForCausalLM")
-
-
-def _match(
-    base: Source, checkpoint: Checkpoint, stored: dict[str, str], specialists: Sequence[Specialist]
-) -> tuple[list[Target], bool]:
-    """Each tensor of the base with what the specialists add to it, and whether tied embeddings come apart."""
-    head, embeddings = _embeddings(stored)
-    tied = head is None and embeddings is not None
-    changes = [set(specialist.names) for specialist in specialists]
-    # Only where the base ties them does an adapter tie its embeddings; a full checkpoint says so itself.
-    ties = [s.ties_embeddings and (tied or isinstance(s, FullSpecialist)) for s in specialists]
-    untied = False
-    if tied:
-        # PEFT saves the output embeddings of such adapters once more.
-        changes = [c - set(OUTPUT_EMBEDDINGS) if follows else c for c, follows in zip(changes, ties, strict=True)]
-        # Tied embeddings stay tied only if every specialist changes both alike.
-        apart = [
-            not follows and bool(c & {embeddings, *OUTPUT_EMBEDDINGS}) for follows, c in zip(ties, changes, strict=True)
-        ]
-        untied = any(apart)
-    entries = {name: (stored[name], stored[name]) for name in stored}
-    if untied:
-        assert embeddings is not None
-        entries["lm_head.weight"] = (stored[embeddings], "lm_head.weight")
-        head = "lm_head.weight"
-    targets = []
-    for name, (source, written) in entries.items():
-        info = checkpoint.info(source)
-        changed = []
-        for follows, names in zip(ties, changes, strict=True):
-            found: str | None = name if name in names else None
-            if name == head and found is None and follows and embeddings in names:
-                found = embeddings
-            changed.append(found)
-        if any(changed) and info.dtype not in MERGEABLE:
-            raise InputError(
-                f"{info.file}: tensor {source} is stored as {info.dtype}; quantised weights cannot be merged: "
-                "use the base in bfloat16, float16 or float32."
-            )
-        rows = info.shape[0] if info.shape else 1
-        targets.append(Target(name, source, written, info.dtype, info.shape, rows, tuple(changed)))
-    for specialist, names in zip(specialists, changes, strict=True):
-        _check_names(base, entries, specialist, names)
-    for target in targets:
-        for specialist, changed_name in zip(specialists, target.changed, strict=True):
-            if changed_name:
-                _check_shape(base, target, specialist, changed_name)
-    return sorted(targets, key=lambda target: (target.layer is None, natural_order(target.name))), untied
-
-
-def _embeddings(stored: dict[str, str]) -> tuple[str | None, str | None]:
-    head = next((name for name in OUTPUT_EMBEDDINGS if name in stored), None)
-    return head, next((name for name in INPUT_EMBEDDINGS if name in stored), None)
-
-
-def _check_names(base: Source, entries: dict[str, tuple[str, str]], specialist: Specialist, names: set[str]) -> None:
-    unknown = sorted(names - entries.keys(), key=natural_order)
-    if unknown:
-        raise InputError(
-            f"specialist {specialist.name}: {specialist.folder} has {len(unknown)} tensors that change nothing in the "
-            f"base {base.reference}, e.g. {specialist.stored_as(unknown[0])}: it was trained from another base, or "
-            "save it without them."
-        )
-    if isinstance(specialist, FullSpecialist):
-        missing = [
-            name
-            for name in entries
-            if name not in names and not (name in OUTPUT_EMBEDDINGS and specialist.ties_embeddings)
-        ]
-        if missing:
-            raise InputError(
-                f"specialist {specialist.name}: {specialist.folder} lacks {len(missing)} tensors of the base "
-                f"{base.reference}, e.g. {entries[missing[0]][0]}: it is incomplete, or of another base."
-            )
-
-
-def _check_shape(base: Source, target: Target, specialist: Specialist, name: str) -> None:
-    shape = specialist.shape(name)
-    info = specialist.checkpoint.info(specialist.stored_as(name))
-    if info.dtype not in MERGEABLE:
-        raise InputError(
-            f"{info.file}: tensor {specialist.stored_as(name)} is stored as {info.dtype}; quantised weights cannot be "
-            "merged: save the specialist in bfloat16, float16 or float32."
-        )
-    per_token = target.name in _PER_TOKEN and len(shape) == len(target.shape)
-    if shape and shape != target.shape and not (per_token and shape[1:] == target.shape[1:]):
-        raise InputError(
-            f"specialist {specialist.name}: {specialist.folder} changes {target.stored} with shape {list(shape)}, in "
-            f"the base {base.reference} it has shape {list(target.shape)}: it was trained from another base."
-        )
-
-
-def _join(base: Source, targets: list[Target], specialists: Sequence[Specialist]) -> tuple[list[Target], Vocabulary]:
-    """The union of the vocabularies, and the targets with as many rows as that has."""
-    per_token = [target for target in targets if target.name in _PER_TOKEN]
-    if not any(target.merged for target in per_token):
-        rows = max((target.rows for target in per_token), default=0)
-        return targets, Vocabulary(rows)
-    rows = max(target.rows for target in per_token)
-    counts = []
-    for index, specialist in enumerate(specialists):
-        shapes = [specialist.shape(t.changed[index] or "") for t in per_token if t.changed[index]]
-        counts.append(max([shape[0] for shape in shapes if shape], default=rows))
-    named = [(s.name, s.folder, count) for s, count in zip(specialists, counts, strict=True)]
-    vocabulary = join_vocabularies(base.folder, rows, named)
-    size = vocabulary.size
-    return [replace(t, rows=size) if t.name in _PER_TOKEN else t for t in targets], vocabulary
 
 
 def _check_factors(plan: Plan) -> None:

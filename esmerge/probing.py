@@ -13,12 +13,13 @@ from esmerge.errors import InputError
 from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
 from esmerge.names import inner_name, natural_order
-from esmerge.plan import Plan, Target
+from esmerge.plan import Plan
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
+from esmerge.targets import Target
 
 # Items that an encoder takes at a time. On a CPU one: batches are hardly faster there, and an item's soft tokens, which
 # are kept for other merges, must not depend on what else one of them encodes, not even in the last bit.

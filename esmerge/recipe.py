@@ -284,6 +284,7 @@ class Recipe(_Strict):
                 raise ValueError("probe is missing; coefficients from embedding signals need one")
             if isinstance(self.coefficients.outside, dict):
                 _check_keys("coefficients.outside", self.coefficients.outside, names)
+                _check_signs("coefficients.outside", self.coefficients.outside)
         elif isinstance(self.coefficients.from_, dict):
             _check_keys("coefficients", self.coefficients.from_, names)
             _check_weights(self.coefficients.from_)
@@ -306,12 +307,17 @@ def _check_keys(field: str, given: Mapping[str, Any], names: Sequence[str]) -> N
 
 
 def _check_weights(given: Mapping[str, float | dict[str, float]]) -> None:
+    numbers = _check_signs("coefficients", given)
+    if not any(numbers):
+        raise ValueError("coefficients are all 0, which gives the base back; at least one must be positive")
+
+
+def _check_signs(field: str, given: Mapping[str, float | dict[str, float]]) -> list[float]:
     numbers = [(n, x) for n, value in given.items() for x in (value.values() if isinstance(value, dict) else [value])]
     for name, number in numbers:
         if number < 0:
-            raise ValueError(f"coefficients.{name} is {number}; negative coefficients undo a specialist, use 0 or more")
-    if not any(number for _, number in numbers):
-        raise ValueError("coefficients are all 0, which gives the base back; at least one must be positive")
+            raise ValueError(f"{field}.{name} is {number}; negative coefficients undo a specialist, use 0 or more")
+    return [number for _, number in numbers]
 
 
 class _NestedError(ValueError):

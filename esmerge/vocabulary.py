@@ -1,14 +1,20 @@
 """Vocabularies of specialists that have tokens of their own, and the one of the result."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from esmerge.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_FILE = "tokenizer.json"
+# Of tokenizers that were saved without a tokenizer.json: token -> id.
+_VOCABULARY_FILES = ("vocab.json", "added_tokens.json")
+_DEFAULTS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 @dataclass(frozen=True)
@@ -36,52 +42,75 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
         specialists: name, folder and number of rows of each.
 
     Raises:
-        InputError: if one id stands for two tokens.
+        InputError: if one id stands for two tokens, one token has two ids, or no tokenizer could hold them all.
     """
     known = tokens_of(base)
+    ids = {token: token_id for token_id, token in known.items()}
     entries = _added_tokens(base)
     source = dict.fromkeys(known, "the base")
     owners: dict[int, list[int]] = {}
     added: dict[int, dict[str, Any]] = {}
+    size = max([rows, *(count for _, _, count in specialists)])
     for index, (name, folder, _) in enumerate(specialists):
-        own = tokens_of(folder)
-        for token_id, token in own.items():
+        for token_id, token in tokens_of(folder).items():
             if token_id in source and known[token_id] != token:
                 raise InputError(
                     f"token {token_id} is {known[token_id]!r} in {source[token_id]} and {token!r} in {name}: "
                     "their vocabularies cannot be joined; move one of the tokens to a free id."
                 )
-            if (known and token_id not in source) or token_id in added:
+            if token_id not in source and ids.get(token, token_id) != token_id:
+                raise InputError(
+                    f"token {token!r} has the id {ids[token]} in {source[ids[token]]} and {token_id} in {name}: "
+                    "their vocabularies cannot be joined; give it the same id in both."
+                )
+            if token_id not in source and token_id >= size:
+                logger.warning(
+                    "%s has the token %r (%d), but no embedding for it: it is left out", name, token, token_id
+                )
+            elif (known and token_id not in source) or token_id in added:
                 owners.setdefault(token_id, []).append(index)
                 added[token_id] = _added_tokens(folder).get(token_id, {"id": token_id, "content": token})
-                known[token_id] = token
-                source[token_id] = name
-    size = max([rows, *(count for _, _, count in specialists)])
+                known[token_id], ids[token], source[token_id] = token, token_id, source.get(token_id, name)
     for row in range(rows, size):
         # Where nobody has a token, rows pad a vocabulary; they do not count beside those of tokens.
         owners.setdefault(row, [index for index, (_, _, count) in enumerate(specialists) if row < count])
     wanted = [added[token_id] for token_id in sorted(added) if token_id not in entries]
+    if wanted:
+        _check_tokenizer(base, known, source)
     return Vocabulary(size, {row: owned for row, owned in owners.items() if row < size}, wanted)
 
 
-def write_tokenizer(base: Path, folder: Path, vocabulary: Vocabulary) -> None:
+def _check_tokenizer(base: Path, known: Mapping[int, str], source: Mapping[int, str]) -> None:
+    """Find out whether the base's tokenizer can take more tokens."""
+    if not (base / TOKENIZER_FILE).exists():
+        raise InputError(
+            f"{base} has no {TOKENIZER_FILE}, which the specialists' own tokens are added to: load its tokenizer with "
+            "transformers and save it there."
+        )
+    # Tokens that are added get the next id, whatever the file says.
+    missing = next((token_id for token_id in range(max(known)) if token_id not in known), None)
+    if missing is not None:
+        after = min(token_id for token_id in known if token_id > missing)
+        raise InputError(
+            f"the joined vocabulary has no token {missing}, but {known[after]!r} ({after}) of {source[after]} after "
+            "it: a tokenizer needs ids without gaps."
+        )
+
+
+def write_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
     """Add the specialists' tokens to the copy of the base's tokenizer in `folder`."""
     if not vocabulary.added:
         return
     content = _read(folder / TOKENIZER_FILE)
-    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"] = [*content.get("added_tokens", []), *({**defaults, **entry} for entry in vocabulary.added)]
-    ids = {*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"])}
-    missing = next((token_id for token_id in range(max(ids)) if token_id not in ids), None)
-    if missing is not None:
-        raise InputError(f"the joined vocabulary has no token {missing}: a tokenizer needs ids without gaps.")
+    new = [{**_DEFAULTS, **entry} for entry in vocabulary.added]
+    content["added_tokens"] = [*content.get("added_tokens", []), *new]
     (folder / TOKENIZER_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     config_file = folder / "tokenizer_config.json"
     if config_file.exists():
         config = _read(config_file)
         if "added_tokens_decoder" in config:
-            for entry in vocabulary.added:
-                decoded = {key: value for key, value in {**defaults, **entry}.items() if key != "id"}
+            for entry in new:
+                decoded = {key: value for key, value in entry.items() if key != "id"}
                 config["added_tokens_decoder"][str(entry["id"])] = decoded
             config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -102,10 +131,11 @@ def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def tokens_of(folder: Path) -> dict[int, str]:
-    """Id -> token; empty for a folder without a tokenizer."""
+    """Id -> token; empty for a folder without a tokenizer that names its tokens in JSON."""
     file = folder / TOKENIZER_FILE
     if not file.exists():
-        return {}
+        files = [folder / name for name in _VOCABULARY_FILES if (folder / name).exists()]
+        return {token_id: token for file in files for token, token_id in _read(file).items()}
     content = _read(file)
     vocab = content.get("model", {}).get("vocab", {})
     if isinstance(vocab, list):  # unigram models: [[token, score], ...]

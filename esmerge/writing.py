@@ -33,9 +33,10 @@ from esmerge.merging import (
     merged_blocks,
     summed_blocks,
 )
-from esmerge.plan import Plan, Target, agreed, common_scaling
+from esmerge.plan import Plan, agreed, common_scaling
 from esmerge.scores import row_blocks
 from esmerge.specialists import LoraSpecialist
+from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,7 @@ class AdapterOutput(Output):
         )
         results.write_json(self.folder / "adapter_config.json", config)
         results.copy_tokenizer(self.plan.base.folder, self.folder)
+        write_tokenizer(self.folder, self.plan.vocabulary)
         encoders = write_modalities(self.plan, self.folder)
         return {"merged": len(self.targets), "copied": 0, "own rows": 0, "encoders": encoders}
 
@@ -252,7 +254,7 @@ class FullOutput(Output):
         if plan.untied:
             changes["tie_word_embeddings"] = False
         results.copy_model_files(plan.base.folder, self.folder, changes, plan.trust_remote_code)
-        write_tokenizer(plan.base.folder, self.folder, plan.vocabulary)
+        write_tokenizer(self.folder, plan.vocabulary)
         if plan.is_multimodal:
             write_mllm_files(plan, self.folder)
         else:

@@ -28,7 +28,7 @@ def sce(deltas: Sequence[Tensor], weights: Tensor, *, select_topk: Fraction = 1.
         stack *= variance >= largest_magnitude(lambda: [variance], kept)
     sign = torch.where(stack.sum(dim=0) >= 0, 1.0, -1.0)
     agrees = stack * sign > 0
-    squares = stack.square().flatten(1).mean(dim=1)
+    squares = stack.square().reshape(len(deltas), -1).mean(dim=1)
     total = squares.sum()
     own = squares / total if total >= 1e-6 else torch.full_like(squares, 1 / len(deltas))
     combined = own.view((-1,) + (1,) * deltas[0].dim()) * weights * len(deltas) * agrees

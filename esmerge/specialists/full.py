@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from esmerge.checkpoint import Checkpoint
+from esmerge.configs import quantisation, same_tensor, ties_embeddings
 from esmerge.deltas import Delta, ValueDelta
 from esmerge.errors import InputError
 from esmerge.names import canonical_names
@@ -13,6 +16,33 @@ from esmerge.specialists.encoder import SpecialistEncoder
 
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+
+
+# What `left_out` calls output embeddings that are stored though they are the input embeddings.
+DOUBLED_EMBEDDINGS = "output embeddings that are tied to the input embeddings and stored once more"
+
+
+def doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, stored: Mapping[str, str]) -> str | None:
+    """The canonical name of output embeddings that are a copy of the input embeddings they are tied to.
+
+    transformers ties the two of a checkpoint that has both only if they are equal.
+
+    Args:
+        stored: canonical name -> the checkpoint's tensor.
+    """
+    ends = [next((name for name in names if name in stored), None) for names in (OUTPUT_EMBEDDINGS, INPUT_EMBEDDINGS)]
+    head, embeddings = ends
+    if head is None or embeddings is None:
+        return None
+    pair = stored[head], stored[embeddings]
+    infos = [checkpoint.info(name) for name in pair]
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return None
+    # A row tells nearly all of those that are not tied.
+    rows = [checkpoint.read_range(name, 0, min(1, infos[0].shape[0])) for name in pair]
+    if not torch.equal(*rows) or not ties_embeddings(config):
+        return None
+    return head if same_tensor(checkpoint, pair[0], checkpoint, pair[1]) else None
 
 
 class FullSpecialist:
@@ -50,27 +80,34 @@ class FullSpecialist:
         self.folder = folder
         self.encoder = encoder
         self.config: Mapping[str, Any] = read_json(folder / "config.json") if config is None else config
-        if self.config.get("quantization_config"):
-            raise InputError(
-                f"specialist {name}: {folder} is quantised "
-                f"({self.config['quantization_config'].get('quant_method', 'unknown method')}); "
-                "save it dequantised, in bfloat16 or float32, and give that."
-            )
         self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.modules: dict[str, str] = {}
-        # Old checkpoints carry the rotary frequencies, which the config determines.
         own = list(self.checkpoint) if tensors is None else tensors
+        if (method := quantisation(self.config, own)) is not None:
+            raise InputError(
+                f"specialist {name}: {folder} is quantised ({method}); save it dequantised, in bfloat16 or float32, "
+                "and give that."
+            )
+        # Old checkpoints carry the rotary frequencies, which the config determines.
         stored = [tensor for tensor in own if not tensor.endswith("rotary_emb.inv_freq")]
         self.left_out = dict(left_out or {})
         if len(stored) < len(own):
             self.left_out["rotary frequencies, which the config determines"] = len(own) - len(stored)
         self._stored = canonical_names(stored, str(folder))
+        if doubled := doubled_embeddings(self.config, self.checkpoint, self._stored):
+            del self._stored[doubled]
+            self.left_out[DOUBLED_EMBEDDINGS] = 1
         self.ties_embeddings = not any(head in self._stored for head in OUTPUT_EMBEDDINGS)
 
     @property
     def names(self) -> list[str]:
         """Canonical names of its tensors of floating-point values."""
         return [name for name, tensor in self._stored.items() if self.checkpoint.info(tensor).dtype.is_floating_point]
+
+    @property
+    def integers(self) -> list[str]:
+        """Canonical names of its other tensors, which are buffers such as masks."""
+        return sorted(self._stored.keys() - set(self.names))
 
     def stored_as(self, name: str) -> str:
         """The checkpoint's tensor behind a canonical name."""

@@ -12,6 +12,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from esmerge.methods import METHODS
+
 CASES = []
 
 
@@ -489,6 +491,160 @@ def full_checkpoint_of_another_architecture(inputs):
     inputs.change_json("cell/config.json", model_type="mistral", architectures=["MistralForCausalLM"])
 
 
+OTHER_ARCHITECTURES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "hidden_act": "gelu",
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 5e5,
+}
+
+
+@pytest.mark.parametrize("field", OTHER_ARCHITECTURES)
+def test_full_checkpoint_that_computes_in_another_way(inputs, esmerge, tmp_path, field):
+    """Tensors of the same shapes can be those of another model: heads, rotary embeddings, activation."""
+    to_full(inputs)
+    value = OTHER_ARCHITECTURES[field]
+    if field == "rope_theta":
+        inputs.change_json("cell/config.json", rope_parameters={"rope_type": "default", "rope_theta": value})
+    else:
+        inputs.change_json("cell/config.json", **{field: value})
+    inputs.recipe["coefficients"] = "uniform"
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{field} {value}, the base " in err
+    assert err.startswith("esmerge: cell has ")
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+def test_full_checkpoint_whose_config_says_the_same_in_other_words(inputs, esmerge, tmp_path):
+    """Older versions had other names for rotary embeddings, and left out what was at its default."""
+    to_full(inputs)
+    config = json.loads((inputs / "cell" / "config.json").read_text())
+    rotary = config.pop("rope_parameters")
+    for default in ("head_dim", "hidden_act", "rms_norm_eps"):
+        assert config.pop(default) is not None
+    (inputs / "cell" / "config.json").write_text(json.dumps(config | {"rope_theta": rotary["rope_theta"]}))
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, err) == (0, "")
+
+
+def test_full_checkpoint_with_another_default(inputs, esmerge, tmp_path):
+    to_full(inputs)
+    config = json.loads((inputs / "cell" / "config.json").read_text())
+    del config["rope_parameters"]
+    (inputs / "cell" / "config.json").write_text(json.dumps(config))
+    inputs.change_json("base/config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert code == 2
+    assert "cell has rope_parameters.rope_theta 10000.0, the base 500000.0" in err
+
+
+QUANTISED = {
+    "bitsandbytes": "model.layers.0.mlp.up_proj.SCB",
+    "GPTQ or AWQ": "model.layers.0.mlp.up_proj.qweight",
+    "compressed-tensors": "model.layers.0.mlp.up_proj.weight_packed",
+    "fp8": "model.layers.0.mlp.up_proj.weight_scale_inv",
+}
+
+
+@pytest.mark.parametrize("who", ["base", "cell"])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoint_whose_config_does_not_say_so(inputs, esmerge, tmp_path, who, method):
+    to_full(inputs)
+    inputs.change_tensors(
+        f"{who}/model.safetensors", lambda t: t.update({QUANTISED[method]: torch.ones(48, dtype=torch.int32)})
+    )
+    inputs.recipe["coefficients"] = "uniform"
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"is quantised ({method}); " in err
+    assert ("the base base" if who == "base" else "specialist cell") in err
+    assert "in bfloat16" in err
+
+
+@case("model.layers.0.mlp.up_proj.weight is stored as torch.float8_e4m3fn", "use the base in bfloat16")
+def base_in_fp8_where_nothing_is_merged(inputs):
+    for name in inputs.recipe["specialists"]:
+        inputs.change_tensors(
+            f"{name}/adapter_model.safetensors",
+            lambda tensors: [tensors.pop(n) for n in list(tensors) if "q_proj" not in n],
+        )
+    inputs.change_tensors("base/model.safetensors", to_fp8)
+
+
+def test_buffers_of_whole_numbers(inputs, esmerge, tmp_path):
+    """They are the base's; a specialist may lack them, or have more."""
+    to_full(inputs)
+    mask = {"model.layers.0.self_attn.bias": torch.ones(4, 4, dtype=torch.bool).tril(), "step": torch.tensor(7)}
+    inputs.change_tensors("base/model.safetensors", lambda tensors: tensors.update(mask))
+    other = {"other": torch.arange(3), "step": torch.tensor(7)}
+    inputs.change_tensors("cell/model.safetensors", lambda tensors: tensors.update(other))
+    inputs.recipe["coefficients"] = "uniform"
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, err) == (0, "")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in mask.items())
+    assert "other" not in merged
+    record = yaml.safe_load((tmp_path / "merged" / "esmerge.yaml").read_text())
+    assert record["left_out"]["cell"] == {"buffers of whole numbers that the base does not have": 1}
+
+
+@case("cell/model.safetensors: tensor step (torch.int64) is not that of the base base", "trained from another base")
+def buffer_of_whole_numbers_that_differs(inputs):
+    to_full(inputs)
+    inputs.change_tensors("base/model.safetensors", lambda tensors: tensors.update({"step": torch.tensor(7)}))
+    inputs.change_tensors("cell/model.safetensors", lambda tensors: tensors.update({"step": torch.tensor(8)}))
+
+
+@case("model.layers.0.mlp.up_proj.weight is stored as torch.int8; quantised weights", "save the specialist in bfloat16")
+def specialist_in_int8(inputs):
+    name = "model.layers.0.mlp.up_proj.weight"
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", lambda t: t.update({name: t[name].to(torch.int8)}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 4}], ids=["full", "adapter"])
+def test_empty_tensors_and_scalars(inputs, esmerge, tmp_path, method, output):
+    if METHODS[method].specialists == 2:
+        del inputs.recipe["specialists"]["molecule"]
+    for name in inputs.recipe["specialists"]:
+        to_full(inputs, name)
+    odd = {
+        "model.layers.0.empty": torch.zeros(0, 4),
+        "model.layers.0.narrow": torch.zeros(4, 0),
+        "model.layers.1.scalar": torch.tensor(2.0),
+        "model.layers.1.single": torch.ones(1, 1),
+    }
+    for name in ("base", *inputs.recipe["specialists"]):
+        inputs.change_tensors(f"{name}/model.safetensors", lambda tensors: tensors.update(odd))
+    if output["format" if "format" in output else "rank"] == "full":
+        moved = {"model.layers.1.scalar": torch.tensor(3.0), "model.layers.1.single": torch.tensor([[3.0]])}
+        inputs.change_tensors("cell/model.safetensors", lambda tensors: tensors.update(moved))
+    else:
+        # An adapter holds no norms and no embeddings: those stay the base's.
+        base = load_file(inputs / "base" / "model.safetensors")
+        kept = {name: tensor for name, tensor in base.items() if "_proj" not in name}
+        for name in inputs.recipe["specialists"]:
+            inputs.change_tensors(f"{name}/model.safetensors", lambda tensors: tensors.update(kept))
+    inputs.recipe |= {"coefficients": "uniform", "method": method, "output": output}
+    code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, err) == (0, "")
+    if "format" in output:
+        merged = load_file(tmp_path / "merged" / "model.safetensors")
+        assert merged["model.layers.0.empty"].shape == (0, 4)
+        assert merged["model.layers.0.narrow"].shape == (4, 0)
+        assert merged["model.layers.1.scalar"].shape == ()
+        assert 2 <= float(merged["model.layers.1.scalar"]) <= 3
+
+
 def to_fp8(tensors):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
@@ -659,6 +815,21 @@ def patterns_that_are_all_zero(inputs):
 @case("coefficients.outside.cel", "did you mean cell?")
 def coefficient_outside_for_an_unknown_specialist(inputs):
     inputs.recipe["coefficients"]["outside"] = {"molecule": 1, "protein": 1, "cel": 1}
+
+
+@case("coefficients.cell: the pattern 'layer.0.*' matches no tensor", "are like layers.0.")
+def pattern_that_matches_nothing(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 1, "protein": 1, "cell": {"layer.0.*": 1, "*": 0}}
+
+
+@case("coefficients.cell: no pattern matches layers.1.", "end with the pattern '*'")
+def tensor_that_no_pattern_matches(inputs):
+    inputs.recipe["coefficients"] = {"molecule": 1, "protein": 1, "cell": {"layers.0.*": 1}}
+
+
+@case("coefficients.outside.cell is -1", "use 0 or more")
+def negative_coefficient_outside(inputs):
+    inputs.recipe["coefficients"]["outside"] = {"molecule": 1, "protein": 1, "cell": -1}
 
 
 # The probe

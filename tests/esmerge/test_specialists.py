@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GemmaConfig, LlamaConfig, Qwen2Config
 
 from esmerge.errors import InputError
 
@@ -192,6 +193,81 @@ class TestFullCheckpoints:
         assert merged.keys() == first.keys()
         for name, tensor in merged.items():
             torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6, msg=name)
+
+    def test_that_tied_their_embeddings(self, bases, alone, tmp_path):
+        """The base has output embeddings of its own, one specialist has not."""
+        base = bases["llama"]
+        config = AutoConfig.from_pretrained(base)
+        config.tie_word_embeddings = True
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "one")
+        one, other = tmp_path / "one", perturb(base, tmp_path / "other", 2)
+        assert "lm_head.weight" not in weights_of(one)
+        halves = {"coefficients": {"one": 0.5, "other": 0.5}}
+        output = alone(base, one, other, **halves)
+        first, second = weights_of(one), weights_of(other)
+        first["lm_head.weight"] = first["model.embed_tokens.weight"]
+        for name, tensor in weights_of(output).items():
+            torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6, msg=name)
+        assert not AutoConfig.from_pretrained(output).tie_word_embeddings
+
+    @pytest.fixture
+    def twice(self, tmp_path):
+        """A function that copies a checkpoint with tied embeddings, both ends stored."""
+
+        def store(folder, name, change=0.0):
+            shutil.copytree(folder, tmp_path / name)
+            tensors = weights_of(folder)
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+            save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+            return tmp_path / name
+
+        return store
+
+    @pytest.mark.parametrize("who", ["base", "specialist", "both"])
+    @pytest.mark.parametrize("explicit", [True, False], ids=["config says so", "by default"])
+    def test_tied_embeddings_that_are_stored_twice(self, bases, alone, tmp_path, twice, make_base, who, explicit):
+        base, one, other = bases["tied"], *(perturb(bases["tied"], tmp_path / str(n), n) for n in (1, 2))
+        if not explicit:
+            # Gemma ties its embeddings unless its config says otherwise.
+            settings = AutoConfig.from_pretrained(base).to_dict()
+            settings = {key: settings[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+            settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+            base = make_base(GemmaConfig(**settings), tmp_path / "gemma")
+            one, other = (perturb(base, tmp_path / f"gemma-{n}", n) for n in (1, 2))
+            for folder in (base, one, other):
+                config = json.loads((folder / "config.json").read_text())
+                config.pop("tie_word_embeddings", None)
+                (folder / "config.json").write_text(json.dumps(config))
+        expected = alone(base, one, other, "expected")
+        doubled = [twice(base, "base2") if who != "specialist" else base, twice(one, "one2") if who != "base" else one]
+        output = alone(*doubled, other)
+        assert weights_of(output).keys() == weights_of(expected).keys()
+        assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+        assert_logits(output, logits(load(one)))
+        left_out = yaml.safe_load((output / "esmerge.yaml").read_text())["left_out"]
+        assert left_out.keys() == {"base": {"base"}, "specialist": {"one"}, "both": {"base", "one"}}[who]
+
+    def test_embeddings_that_only_the_config_ties(self, bases, alone, tmp_path, twice):
+        """transformers does not tie what differs; the result says so."""
+        base = twice(bases["tied"], "apart", 0.1)
+        one, other = (twice(perturb(bases["tied"], tmp_path / str(n), n), f"apart-{n}", 0.1 * n) for n in (1, 2))
+        output = alone(base, one, other)
+        assert weights_of(output).keys() == weights_of(one).keys()
+        for name, tensor in weights_of(one).items():
+            torch.testing.assert_close(weights_of(output)[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        assert AutoConfig.from_pretrained(output).tie_word_embeddings is False
+        assert_logits(output, logits(load(one)))
+
+    @pytest.mark.parametrize("kept_tied", [True, False])
+    def test_adapter_of_a_base_whose_tied_embeddings_are_stored_twice(self, bases, alone, tmp_path, twice, kept_tied):
+        base = twice(bases["tied"], "base2")
+        settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": kept_tied}
+        adapter = train(bases["tied"], tmp_path / "adapter", seed=3, **settings)
+        other = train(bases["tied"], tmp_path / "other", seed=2, target_modules=["q_proj"])
+        output = alone(base, adapter, other)
+        assert_logits(output, logits(PeftModel.from_pretrained(load(bases["tied"]), adapter)))
+        assert ("lm_head.weight" in weights_of(output)) is not kept_tied
 
     def test_in_shards_and_in_half_precision(self, bases, alone, tmp_path):
         one, other = (perturb(bases["llama"], tmp_path / str(seed), seed) for seed in (1, 2))
@@ -546,6 +622,75 @@ class TestTokens:
         one, other = specialist("one", ["<mol>"], 1), specialist("other", ["<prot>"], 2)
         with pytest.raises(InputError, match=rf"token {size} is '<mol>' in s0 and '<prot>' in s1"):
             merged(one, other)
+
+    def test_with_two_ids(self, size, specialist, merged):
+        one, other = specialist("one", ["<mol>"], 1), specialist("other", ["<prot>", "<mol>"], 2)
+        content = json.loads((other / "tokenizer.json").read_text())
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != "<prot>"]
+        (other / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"token '<mol>' has the id {size} in s0 and {size + 1} in s1"):
+            merged(one, other)
+
+    def test_that_leave_a_gap(self, size, specialist, merged):
+        """A tokenizer would give the token after the gap the id before it."""
+        one, other = specialist("one", [], 1), specialist("other", ["<unused>", "<prot>"], 2)
+        content = json.loads((other / "tokenizer.json").read_text())
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != "<unused>"]
+        (other / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"no token {size}, but '<prot>' \({size + 1}\) of s1 after it"):
+            merged(one, other)
+
+    def test_beside_a_base_whose_tokenizer_is_an_old_one(self, base, size, specialist, merged, tmp_path):
+        """Its tokens are known, so that conflicts are found, but none can be added."""
+        shutil.copytree(base, tmp_path / "old")
+        vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
+        (tmp_path / "old" / "tokenizer.json").unlink()
+        (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocabulary))
+        one, other = specialist("one", ["<mol>"], 1), specialist("other", [], 2)
+        with pytest.raises(InputError, match=r"has no tokenizer\.json, which the specialists' own tokens are added to"):
+            merged(one, other, at=tmp_path / "old")
+        vocabulary["<other>"] = vocabulary.pop("<|user|>")
+        (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocabulary))
+        with pytest.raises(InputError, match=r"is '<other>' in the base and '<\|user\|>' in s0"):
+            merged(one, other, at=tmp_path / "old")
+
+    @pytest.mark.parametrize("output", [{"format": "full"}, {}], ids=["full", "adapter"])
+    def test_of_an_adapter_that_uses_the_padding_of_the_base(
+        self, base, size, specialist, merge, tmp_path, output, caplog
+    ):
+        """Its embeddings are as the base has them; only the tokenizer says what they stand for."""
+        start = specialist("start", [], 3, multiple=48)
+        rows = weights_of(start)["lm_head.weight"].shape[0]
+        assert rows >= size + 1
+        adapters = [train(start, tmp_path / str(seed), seed, target_modules=["q_proj"]) for seed in (1, 2)]
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["<mol>"], special_tokens=True)
+        tokenizer.save_pretrained(adapters[0])
+        content = {
+            "base": str(start),
+            "specialists": {f"s{number}": str(folder) for number, folder in enumerate(adapters)},
+            "coefficients": "uniform",
+            "output": output,
+        }
+        merged = merge(content)
+        self.assert_tokens(merged, base, {"<mol>": size})
+        assert not caplog.records
+        if output:
+            assert torch.equal(weights_of(merged)["lm_head.weight"], weights_of(start)["lm_head.weight"])
+
+    def test_of_an_adapter_without_embeddings_for_them(self, base, size, merge, tmp_path, caplog):
+        adapters = [train(base, tmp_path / str(seed), seed, target_modules=["q_proj"]) for seed in (1, 2)]
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["<mol>"], special_tokens=True)
+        tokenizer.save_pretrained(adapters[0])
+        content = {
+            "base": str(base),
+            "specialists": {f"s{number}": str(folder) for number, folder in enumerate(adapters)},
+            "coefficients": "uniform",
+        }
+        self.assert_tokens(merge(content), base, {})
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == [f"s0 has the token '<mol>' ({size}), but no embedding for it: it is left out"]
 
     @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
     @pytest.mark.parametrize(
