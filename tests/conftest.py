@@ -1,6 +1,8 @@
 """Tiny models, adapters and tokenizers on disk, built once per session, and ways to run the command line."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -148,6 +150,27 @@ def modality_settings():
         },
         "cell": {"kind": "text", "placeholder": "<cell>"},
     }
+
+
+@pytest.fixture(scope="session")
+def multimodal(llama, modality_settings, tmp_path_factory):
+    """The folder `llama` with a modality, and an encoder where it needs one, in each specialist."""
+    import torch
+
+    from esmerge.modalities import modality_from_settings, save_encoder
+
+    folder = tmp_path_factory.mktemp("multimodal") / "specialists"
+    shutil.copytree(llama, folder)
+    torch.manual_seed(0)
+    for name, settings in modality_settings.items():
+        place = folder / name / "modalities" / name
+        if settings["kind"] == "text":
+            place.mkdir(parents=True)
+            (place / "config.json").write_text(json.dumps(settings))
+        else:
+            modality = modality_from_settings(settings, name)
+            save_encoder(modality, modality.build(32), place)
+    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
-from esmerge.modalities.modality import Encoder, Features, Modality
+from esmerge.modalities.modality import Encoder, Features, Modality, shorten
 from esmerge.modalities.registry import modality_settings
 from esmerge.rawio import bytes_of
 
@@ -81,6 +81,11 @@ def encode_items(
                     f"the {modality.kind} encoder made {len(packed)} soft tokens where soft_tokens says {sum(sizes)}"
                 )
             for item, tokens in zip(batch, packed.split(sizes), strict=True):
+                if not tokens.isfinite().all():
+                    raise InputError(
+                        f"the {modality.kind} encoder makes NaN or infinite values of {shorten(item)}: save it "
+                        "again, or run it in float32 (probe.dtype)."
+                    )
                 done[item] = tokens.to("cpu", dtype, copy=True)
                 if files and not _written(files[item], done[item]):
                     files = {}

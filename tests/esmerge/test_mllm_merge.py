@@ -11,27 +11,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from esmerge.mllm import MllmForConditionalGeneration
 from esmerge.mllm.loading import load_model
-from esmerge.modalities import modality_from_settings
-from esmerge.modalities.registry import save_encoder
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
-def specialists(llama, modality_settings, tmp_path_factory):
-    """The folder `llama` with a modality in each specialist."""
-    folder = tmp_path_factory.mktemp("mllm") / "specialists"
-    shutil.copytree(llama, folder)
-    torch.manual_seed(0)
-    for name, settings in modality_settings.items():
-        modality = modality_from_settings(settings, name)
-        place = folder / name / "modalities" / name
-        if settings["kind"] == "text":
-            place.mkdir(parents=True)
-            (place / "config.json").write_text(json.dumps(settings))
-        else:
-            save_encoder(modality, modality.build(32), place)
-    return folder
+def specialists(multimodal):
+    return multimodal
 
 
 @pytest.fixture
