@@ -60,7 +60,7 @@ def world(llama, multimodal, tmp_path, recipe):
         content = recipe
 
         def run(self, *command):
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
             variables = {"MARK": str(self.mark), "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
             return subprocess.run(
                 [*map(str, command)], env={**os.environ, **variables}, capture_output=True, text=True, check=False
