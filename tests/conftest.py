@@ -228,3 +228,63 @@ def run_program(esmerge_program):
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running Hub (`tests/hub_server.py`) of this test's own; clients find it through `connected` or `online`."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    from hub_server import Hub
+
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def on_hub(hub):
+    """A function that puts a folder (or paths and bytes) into a repository of the Hub; returns the commit's hash."""
+    return hub.add
+
+
+@pytest.fixture
+def connected(hub, monkeypatch, tmp_path):
+    """Lets the clients in this process talk to the Hub, as its owner with the right to write and with an empty cache.
+
+    Another token is `monkeypatch.setenv("HF_TOKEN", ...)`, none is `monkeypatch.delenv("HF_TOKEN")`.
+    """
+    from huggingface_hub import constants, hf_api
+
+    home = tmp_path / "hf-home"
+    for name, value in {**hub.environment(home), "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    # huggingface_hub read its environment when it was imported.
+    settings = {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    return hub
+
+
+@pytest.fixture
+def online(hub, tmp_path):
+    """A function that runs a program in a process that talks to the Hub, with a cache of its own.
+
+    Args of the function: the command; `token` (None for nobody), further variables of the environment by name.
+    """
+
+    def run(*command, token="hf_ownersWriteToken", **variables):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment = kept | hub.environment(tmp_path / "hf-home", token) | variables
+        arguments = [str(argument) for argument in command]
+        return subprocess.run(
+            arguments, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+
+    return run
