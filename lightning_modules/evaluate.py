@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
@@ -106,13 +107,13 @@ def evaluate(
 
     results = {task.task.name: _finished(task, runs, settings, folder) for task in prepared}
     pending = [task for task in prepared if results[task.task.name] is None]
-    if first:
-        (folder / RESULTS_FOLDER).mkdir(parents=True, exist_ok=True)
-        for task in pending:
-            task.log.begin(runs[task.task.name], settings.resume)
     if pending:
-        module = _answer(pending, partial(_load, model, settings), settings, folder)
-        if not module.trainer.is_global_zero:
+        trainer = _trainer(pending, settings, folder)
+        if first:
+            for task in pending:
+                task.log.begin(runs[task.task.name], settings.resume)
+        module = _answer(pending, partial(_load, model, settings), settings, trainer)
+        if not trainer.is_global_zero:
             return {}
         for task in pending:
             records = task.log.finish(folder / RESULTS_FOLDER, [sample.id for sample in task.samples])
@@ -213,11 +214,21 @@ def _load(model: str, settings: EvaluationSettings) -> MllmForConditionalGenerat
     return load_model(model, settings.base, dtype, trust_remote_code=settings.trust_remote_code)[0]
 
 
+def _trainer(tasks: Sequence[EvaluatedTask], settings: EvaluationSettings, folder: Path) -> Trainer:
+    with quiet_lightning():
+        return settings.devices.trainer(
+            logger=make_loggers(settings.loggers, folder / RESULTS_FOLDER) or False,
+            callbacks=progress_callbacks([task.task.name for task in tasks], settings.progress),
+            enable_progress_bar=settings.progress,
+            enable_checkpointing=False,
+        )
+
+
 def _answer(
     tasks: Sequence[EvaluatedTask],
     load: Callable[[], MllmForConditionalGeneration],
     settings: EvaluationSettings,
-    folder: Path,
+    trainer: Trainer,
 ) -> Evaluation:
     """Fill the tasks' logs, on all devices."""
     if not settings.progress or rank_zero_only.rank != 0:
@@ -225,12 +236,6 @@ def _answer(
     module = Evaluation(load, tasks, settings.score, settings.normalise, settings.devices.sharded)
     data = EvaluationData(tasks, settings.batch_size, module.find_batch_size)
     with quiet_lightning():
-        trainer = settings.devices.trainer(
-            logger=make_loggers(settings.loggers, folder / RESULTS_FOLDER) or False,
-            callbacks=progress_callbacks([task.task.name for task in tasks], settings.progress),
-            enable_progress_bar=settings.progress,
-            enable_checkpointing=False,
-        )
         trainer.test(module, datamodule=data, verbose=False)
     return module
 

@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from esmerge.errors import InputError
 
@@ -65,7 +66,7 @@ class Devices:
                 enable_model_summary=False,
                 **options,
             )
-        except (ValueError, RuntimeError) as error:  # Lightning's MisconfigurationException among them
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
                 f"--accelerator {self.accelerator} --devices {self.count}: {reason}; choose others."

@@ -1,0 +1,87 @@
+"""What is wrong with an evaluation is said in one sentence, before anything is written."""
+
+import json
+import shutil
+
+import pytest
+
+
+def fails(esmerge, *arguments):
+    code, _, err = esmerge("evaluate", *arguments, "--quiet")
+    assert code == 2, err
+    said = [line for line in err.splitlines() if line.startswith("esmerge:")]
+    assert len(said) == 1
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit", "remedy"),
+    [
+        (["--score", "guess"], "--score is 'guess'", "likelihood or generate"),
+        (["--normalise", "bytes"], "--normalise is 'bytes'", "tokens or characters"),
+        (["--batch-size", "0"], "--batch-size is '0'", "at least 1"),
+        (["--dtype", "int8"], "--dtype is 'int8'", "float32"),
+        (["--strategy", "fsdp2"], "--strategy is 'fsdp2'", "ddp or fsdp"),
+        (["--devices", "6", "--accelerator", "cpu"], "--devices 6", "at most 5"),
+        (["--accelerator", "abacus"], "--accelerator abacus", "choose others"),
+        (["--accelerator", "cuda"], "--accelerator cuda", "choose others"),
+        (["--logger", "paper"], "--logger paper", "csv, tensorboard, wandb"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja cannot be read", "Jinja"),
+        (["--task", "b3bd"], "b3bd; did you mean b3db?", "of your own"),
+        (["--task", "other/toy.yaml"], "other/toy.yaml", "cannot be read"),
+    ],
+)
+def test_options(esmerge, text_model, write_task, options, culprit, remedy):
+    said = fails(esmerge, text_model, "--task", write_task(5), *options)
+    assert culprit in said
+    assert remedy in said
+    assert not (text_model / "results").exists()
+
+
+def test_the_same_task_twice(esmerge, text_model, write_task):
+    assert "the same name" in fails(esmerge, text_model, "--task", write_task(5), "--task", write_task(5))
+
+
+def test_no_task_and_two_models(esmerge, text_model, write_task):
+    assert "--task is missing" in fails(esmerge, text_model)
+    assert "--compare" in fails(esmerge, text_model, text_model, "--task", write_task(5))
+
+
+def test_no_model(esmerge, text_model, llama, write_task, tmp_path):
+    assert "does not exist" in fails(esmerge, tmp_path / "nowhere", "--task", write_task(5))
+    (text_model / "config.json").unlink()
+    assert "it holds no model" in fails(esmerge, text_model, "--task", write_task(5))
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    assert "give the base" in fails(esmerge, adapter, "--task", write_task(5))
+
+
+def test_choices_that_the_likelihood_cannot_tell_apart(esmerge, text_model, write_task):
+    task = write_task(5, choices=["Yes", "Yes, but"], labels={1: "Yes", 0: "Yes, but"})
+    said = fails(esmerge, text_model, "--task", task)
+    assert "'Yes, but' begins with all tokens of 'Yes'" in said
+    assert "--normalise tokens" in said
+    code, _, err = esmerge("evaluate", text_model, "--task", task, "--quiet", "--normalise", "tokens")
+    assert code == 0, err
+
+
+def test_choices_that_are_the_same_tokens(esmerge, text_model, write_task):
+    # The tokenizer of some models folds what differs here.
+    file = text_model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "maybe"}, "content": "Yes"}
+    file.write_text(json.dumps(content))
+    task = write_task(5, choices=["Yes", "maybe"], labels={1: "Yes", 0: "maybe"})
+    assert "'Yes' and 'maybe' are the same tokens" in fails(esmerge, text_model, "--task", task)
+
+
+def test_a_chat_template_that_does_not_work(esmerge, text_model, write_task, tmp_path):
+    (tmp_path / "bad.jinja").write_text("{{ raise_exception('no user turns') }}")
+    said = fails(esmerge, text_model, "--task", write_task(5), "--chat-template", tmp_path / "bad.jinja")
+    assert "no user turns" in said
+
+
+def test_results_are_no_file(esmerge, text_model, write_task, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails(esmerge, text_model, "--task", write_task(5), "-o", tmp_path / "file")
