@@ -127,6 +127,29 @@ def inspect(
 
 
 @app.command()
+def tasks(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME|FILE]...", help="Tasks by name, or YAML files of your own.")
+    ] = None,
+) -> None:
+    """List the tasks that models can be evaluated on; with names, show them with their first question.
+
+    Files of tasks are looked for in `data`, or in the folder in the environment variable ESMERGE_DATA.
+
+    Example: `esmerge tasks b3db my_task.yaml`
+    """
+    from lightning_modules.task_listing import print_task, print_tasks
+    from lightning_modules.tasks import load_task, task_names
+
+    _imported()
+    if names:
+        for task in [load_task(name) for name in names]:
+            print_task(task)
+    else:
+        print_tasks([load_task(name) for name in task_names()])
+
+
+@app.command()
 def evaluate(
     models: Annotated[
         list[str],

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.tasks.task import ANSWER, EXAMPLES, Task, split_template
+from lightning_modules.in_context import choose_examples
 from lightning_modules.task_data import Row, load_rows
 
 
@@ -62,6 +63,8 @@ def load_samples(task: Task, split: str | None = None, limit: int | None = None)
     """
     rows = load_rows(task, split or task.split.evaluated)[:limit]
     examples: Sequence[Sequence[Row]] = [()] * len(rows)
+    if task.examples is not None:
+        examples = choose_examples(task, rows, load_rows(task, task.split.training))
     return [_sample(task, row, chosen) for row, chosen in zip(rows, examples, strict=True)]
 
 

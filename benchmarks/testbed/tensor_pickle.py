@@ -1,4 +1,4 @@
-"""Reads pickled dictionaries of tensors without letting the pickle run anything else."""
+"""Reads pickled dictionaries of tensors or texts without letting the pickle run anything else."""
 
 import io
 import pickle
@@ -36,9 +36,18 @@ class _TensorUnpickler(pickle.Unpickler):
 
 def load_tensor_dictionary(pickled: bytes) -> dict[str, Tensor]:
     """A pickled dictionary from names to tensors; raises `pickle.UnpicklingError` for anything else."""
+    return _load_dictionary(pickled, Tensor, "tensors")
+
+
+def load_text_dictionary(pickled: bytes) -> dict[str, str]:
+    """A pickled dictionary from names to texts; raises `pickle.UnpicklingError` for anything else."""
+    return _load_dictionary(pickled, str, "texts")
+
+
+def _load_dictionary(pickled: bytes, kind: type[Any], plural: str) -> dict[str, Any]:
     loaded = _TensorUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+        isinstance(name, str) and isinstance(value, kind) for name, value in loaded.items()
     ):
-        raise pickle.UnpicklingError("the pickle holds something other than a dictionary from names to tensors")
+        raise pickle.UnpicklingError(f"the pickle holds something other than a dictionary from names to {plural}")
     return loaded
