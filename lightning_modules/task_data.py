@@ -89,7 +89,7 @@ def missing_data(task: Task) -> str:
     if source.hub is not None:
         names = [*filter(None, [source.path, source.split_file]), *(source.files or {}).values()]
         cached = bool(names) and all(_cached(source.hub, name) for name in names)
-        return "" if cached or _local_copy(source.hub) is not None else f"{source.hub} from the Hub"
+        return "" if cached or _local_copy(source.hub) is not None else "the data set from the Hub"
     names = [source.path] if source.path is not None else list((source.files or {}).values())
     absent = [str(_places(task, name)[0]) for name in names if not any(file.exists() for file in _places(task, name))]
     return f"{' and '.join(absent)}, by hand" if absent else ""
