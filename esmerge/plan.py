@@ -17,7 +17,7 @@ from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.methods import METHODS
 from esmerge.modalities import Modality, TextModality
-from esmerge.modalities.modality import MissingPackageError, with_encoder
+from esmerge.modalities.modality import MissingPackageError, check_name, with_encoder
 from esmerge.modalities.registry import check_shapes, empty_encoder
 from esmerge.names import canonical_names, natural_order
 from esmerge.probe import check_items, check_modalities, check_template, numbered_items
@@ -257,6 +257,7 @@ def _check_modalities(plan: Plan) -> None:
         encoder = specialist.encoder
         if encoder is None:
             continue
+        check_name(specialist.name, f"specialists.{specialist.name}")
         if other := owners.get(encoder.placeholder):
             raise InputError(
                 f"{other} and {specialist.name} have the same placeholder, {encoder.placeholder}, so that no prompt "

@@ -4,11 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from esmerge.errors import InputError
 from esmerge.modalities import Modality, modality_from_settings
-
-# Names of inputs that a modality's features would be taken for.
-_RESERVED = ("input", "inputs", "attention", "position", "past", "cache", "output", "logits")
+from esmerge.modalities.modality import check_name
 
 
 class MllmConfig(PreTrainedConfig):
@@ -33,10 +30,7 @@ class MllmConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
         self.modalities = self.modalities or {}
         for name in self.modalities:
-            if not name.isidentifier() or name.split("_")[0] in _RESERVED:
-                raise InputError(
-                    f"{name!r} is no name for a modality: use letters and digits, not the name of an input."
-                )
+            check_name(name, "modalities in config.json")
         super().__post_init__(**kwargs)
         if self.text_config is not None:
             # Where `generate` and others look for them.

@@ -17,6 +17,7 @@ from esmerge.modalities.registry import empty_encoder
 _GETTER = re.compile(r"get_(\w+)_features$")
 # Name of a feature that takes the place of all others: soft tokens made before, [sum of n_i, hidden].
 SOFT_TOKENS = "soft_tokens"
+_IGNORED_LABEL = -100  # what torch's cross_entropy leaves out by default
 
 
 class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -60,6 +61,18 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _restore_buffers(encoder, empty_encoder(model.config.modality(name), model.config.hidden_size))
         return loaded
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As that of any model of transformers; `InputError` where an adapter is inside, which it could not load."""
+        if hasattr(self.language_model, "merge_and_unload"):
+            raise InputError("the LLM has an adapter of PEFT inside: call the model's merge_and_unload() first.")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def merge_and_unload(self) -> "MllmForConditionalGeneration":
+        """Merge the adapter in the LLM, if there is one, into its weights; returns the model itself."""
+        if hasattr(self.language_model, "merge_and_unload"):
+            self.language_model = self.language_model.merge_and_unload()
+        return self
+
     def _encoder_classes(self) -> list[str]:
         return sorted({type(encoder).__name__ for encoder in self.encoders.values()})
 
@@ -80,6 +93,10 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's."""
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the LLM's."""
+        self.language_model.set_output_embeddings(new_embeddings)
 
     def get_modality_features(self, modality: str, **features: Tensor) -> Tensor:
         """Soft tokens [sum of n_i, hidden] of the items of one modality, from its encoder.
@@ -153,12 +170,18 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
+            # What the model itself writes has no items, even if it should write a placeholder.
+            written = started and not features
             inputs_embeds = (
-                self.get_input_embeddings()(input_ids) if started else self.embed_inputs(input_ids, features)
+                self.get_input_embeddings()(input_ids) if written else self.embed_inputs(input_ids, features)
             )
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and not started:
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # As `generate` counts them: from each row's first token, whatever padding stands before it.
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -inputs_embeds.shape[1] :]
+        if labels is not None:
+            # Items are given, never predicted.
+            for name in self.encoders:
+                labels = labels.masked_fill(labels == self.config.placeholder_id(name), _IGNORED_LABEL)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from esmerge.errors import InputError
 from esmerge.modalities import Features, Modality, TextModality, open_modality, save_modality
-from esmerge.modalities.modality import add_placeholders, feature_name, with_encoder
+from esmerge.modalities.modality import add_placeholders, check_name, feature_name, with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE
 
 Items = Sequence[str] | Sequence[Sequence[str]]
@@ -31,6 +31,7 @@ class MllmProcessor(ProcessorMixin):
         self.modalities = dict(modalities or {})
         owners: dict[str, str] = {}
         for name, modality in self.modalities.items():
+            check_name(name, "the modalities of a processor")
             if modality.placeholder in owners:
                 raise InputError(
                     f"the modalities {owners[modality.placeholder]} and {name} have one placeholder, "
@@ -43,7 +44,22 @@ class MllmProcessor(ProcessorMixin):
             tokenizer.padding_side = "left"
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
+            if tokenizer.pad_token in owners:
+                raise InputError(
+                    f"{tokenizer.pad_token} is the tokenizer's pad_token and the placeholder of "
+                    f"{owners[tokenizer.pad_token]}: give the tokenizer another pad_token."
+                )
         super().__init__(tokenizer, **kwargs)
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's; setting it sets that."""
+        return None if self.tokenizer is None else self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, value: Any) -> None:
+        if value is not None:
+            self.tokenizer.chat_template = value
 
     @property
     def placeholder_ids(self) -> dict[str, int]:

@@ -14,6 +14,11 @@ from esmerge.names import natural_order
 
 Features = dict[str, Tensor]
 
+# First words of inputs that a modality's features would be taken for.
+_INPUTS = ("input", "inputs", "attention", "position", "past", "cache", "output", "logits", "labels", "use", "return")
+# What a processor takes beside items, and a method of models.
+_ARGUMENTS = ("text", "padding", "add_special_tokens", "self", "modality")
+
 
 class MissingPackageError(InputError):
     """A modality needs a package that is not installed; without it, an encoder can be copied, but not run."""
@@ -199,6 +204,17 @@ def split_features(modalities: Sequence[str], inputs: Mapping[str, object]) -> d
         if owner is not None and value is not None:
             found.setdefault(owner, {})[key.removeprefix(f"{owner}_")] = value  # type: ignore[assignment]
     return found
+
+
+def check_name(name: str, source: str) -> None:
+    """Raise `InputError` if a modality's name cannot be told from other inputs and parts of a model.
+
+    Args:
+        source: where it is from, for messages.
+    """
+    taken = name.split("_")[0] in _INPUTS or name in _ARGUMENTS or hasattr(nn.ModuleDict, name)
+    if taken or not name.isidentifier():
+        raise InputError(f"{source}: {name!r} is no name for a modality, as models have other inputs or parts of it.")
 
 
 def with_encoder(modalities: Mapping[str, Modality]) -> dict[str, Modality]:
