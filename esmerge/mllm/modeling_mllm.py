@@ -181,7 +181,9 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             # Items are given, never predicted.
             for name in self.encoders:
-                labels = labels.masked_fill(labels == self.config.placeholder_id(name), _IGNORED_LABEL)
+                token_id = self.config.placeholder_id(name)
+                assert token_id is not None
+                labels = labels.masked_fill(labels.eq(token_id), _IGNORED_LABEL)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
