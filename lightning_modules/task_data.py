@@ -211,7 +211,13 @@ def _read_file(task: Task, file: Path) -> Table:
             # As text: a peptide may be NA, and labels must not change with what else is in their column.
             options = {"sep": separator, "usecols": needed, "keep_default_na": False}
             options["converters"] = dict.fromkeys(needed, str)
-        loaded = load_dataset(kind, data_files=str(file.resolve()), split="train", **options)
+        try:
+            loaded = load_dataset(kind, data_files=str(file.resolve()), split="train", **options)
+        except (ValueError, StopIteration) as error:
+            # What `datasets` makes of tables without rows, and of empty files.
+            if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
+                raise
+            loaded = {name: [] for name in _needed_columns(task)}
     return _table(task, loaded, str(file))
 
 
@@ -304,14 +310,17 @@ def _by_groups(task: Task, table: Table, by: str) -> dict[str, Table]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Reading a small file needs no three progress bars."""
+    """Reading a small file needs no three progress bars, and what is wrong with it is said once."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()
+    verbosity = datasets.utils.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.utils.logging.set_verbosity(verbosity)
         if not hidden:
             datasets.enable_progress_bars()
 

@@ -15,13 +15,14 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 def print_tasks(tasks: Sequence[Task]) -> None:
     """Print a table with one task per row."""
+    console = _console()
     table = Table(title="Tasks", caption="esmerge tasks NAME shows one with its first question")
     for column in ("task", "source", "rows", "metrics", "to be fetched"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("task", "source") and not console.is_terminal)
     for task in tasks:
         needed = missing_data(task) or "nothing"
         table.add_row(task.name, _source(task), _rows(task), ", ".join(task.metrics), needed)
-    _console().print(table)
+    console.print(table)
 
 
 def print_task(task: Task) -> None:

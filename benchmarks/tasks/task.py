@@ -211,16 +211,21 @@ class Task(_Strict):
     @classmethod
     def _labels(cls, value: Any) -> Any:
         # A label in the data is often a number, which YAML reads as one.
-        if isinstance(value, dict):
-            return {canonical_label(label): choice for label, choice in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        labels = [canonical_label(label) for label in value]
+        if repeated := [label for index, label in enumerate(labels) if label in labels[:index]]:
+            raise ValueError(f"{repeated[0]} stands there twice")
+        return dict(zip(labels, value.values(), strict=True))
 
     @field_validator("choices")
     @classmethod
     def _distinct_choices(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        folded = [choice.strip().casefold() for choice in choices]
-        for index, choice in enumerate(folded):
-            if choice in folded[:index]:
+        plain = [_plain(choice) for choice in choices]
+        for index, choice in enumerate(plain):
+            if not choice:
+                raise ValueError(f"{choices[index]!r} is no answer that could be read")
+            if choice in plain[:index]:
                 raise ValueError(f"{choices[index]!r} stands there twice")
         return choices
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from benchmarks.testbed.tensor_pickle import load_tensor_dictionary
+from benchmarks.testbed.tensor_pickle import load_tensor_dictionary, load_text_dictionary
 
 
 class RunsCommand:
@@ -54,3 +54,10 @@ def test_refuses_a_pickle_inside_a_storage(tmp_path):
 def test_refuses_anything_but_a_dictionary_of_tensors(content):
     with pytest.raises(pickle.UnpicklingError, match="something other than a dictionary"):
         load_tensor_dictionary(pickle.dumps(content))
+
+
+def test_reads_texts_and_nothing_else():
+    texts = {"Aspirin": "CC(=O)Oc1ccccc1C(=O)O"}
+    assert load_text_dictionary(pickle.dumps(texts)) == texts
+    with pytest.raises(pickle.UnpicklingError, match="something other than a dictionary from names to texts"):
+        load_text_dictionary(pickle.dumps({"Aspirin": torch.zeros(1)}))
