@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,14 +155,33 @@ class _ReadHash:
 
     def update(self, start: int, tensor: torch.Tensor) -> None:
         """Take in what was read from byte `start` on; what is read again, or out of order, does not count."""
-        if start == self.done and self._lock.acquire(blocking=False):
+        end = start + tensor.nbytes
+        if start <= self.done < end and self._lock.acquire(blocking=False):
             try:
-                if start == self.done and tensor.numel():
-                    data = bytes_of(tensor)
-                    self.hash.update(data)
-                    self.done += len(data)
+                if start <= self.done < end:
+                    self.hash.update(bytes_of(tensor)[self.done - start :])
+                    self.done = end
             finally:
                 self._lock.release()
+
+
+# First row, last row + 1, and these rows of a tensor.
+_Parts = list[tuple[int, int, torch.Tensor]]
+
+
+def _rows_of(parts: _Parts, start: int, stop: int) -> torch.Tensor | None:
+    """A copy of rows start to stop, which whoever asked may change; None if the parts do not have them all."""
+    found, row = [], start
+    while row < stop:
+        part = next((part for part in parts if part[0] <= row < part[1]), None)
+        if part is None:
+            return None
+        first, last, rows = part
+        found.append(rows[row - first : stop - first] if rows.dim() else rows)
+        row = last
+    if not found:
+        return None
+    return torch.cat(found) if len(found) > 1 else found[0].clone()
 
 
 class Checkpoint:
@@ -177,6 +197,7 @@ class Checkpoint:
         self.metadata: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
         self._hashes: dict[str, _ReadHash] = {}
+        self._remembered = threading.local()
         for file, listed in files.items():
             infos, metadata = read_header(file)
             for name in infos.keys() & self.tensors.keys():
@@ -223,14 +244,36 @@ class Checkpoint:
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of the tensor `name`; start 0 and stop 1 for a scalar."""
+        parts = self._parts(name)
+        if parts and (remembered := _rows_of(parts, start, stop)) is not None:
+            return remembered
         info = self.info(name)
-        if not info.shape:
-            return self.read(name)
-        tensor = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        begin = start * (info.nbytes // max(1, info.shape[0]))
-        self._fill(tensor, info, info.offset + begin)
-        self._hash(name).update(begin, tensor)
+        if info.shape:
+            tensor = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+            begin = start * (info.nbytes // max(1, info.shape[0]))
+            self._fill(tensor, info, info.offset + begin)
+            self._hash(name).update(begin, tensor)
+        else:
+            tensor = self.read(name)
+        if parts is not None:
+            parts.append((start, stop, tensor.clone()))
         return tensor
+
+    @contextmanager
+    def remembering(self, name: str) -> Iterator[None]:
+        """Keep what `read_range` reads of a tensor in this thread, so that the same rows are read once."""
+        if self._parts(name) is not None:
+            yield
+            return
+        vars(self._remembered).setdefault("parts", {})[name] = []
+        try:
+            yield
+        finally:
+            del self._remembered.parts[name]
+
+    def _parts(self, name: str) -> _Parts | None:
+        remembered: dict[str, _Parts] = getattr(self._remembered, "parts", {})
+        return remembered.get(name)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """The given rows (int64 [n]) of the matrix `name`, without reading the others."""

@@ -259,7 +259,8 @@ def merged_blocks(
     weights = _WeightRows(merger, name, layer, scalars, stream)
     if method.combine is None:
         if method.needs_base:
-            parameters["base"] = stream.base(0, stream.shape[0] if stream.shape else 1)
+            parts = [stream.base(start, stop) for start, stop in stream.spans]
+            parameters["base"] = torch.cat(parts) if stream.shape else parts[0]
         deltas = stream.whole()
         _check_finite(deltas)
         merged = method.function(deltas, weights(0, stream.shape[0] if stream.shape else 1), **parameters)

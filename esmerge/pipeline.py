@@ -1,5 +1,6 @@
 """The whole story on one page: from a recipe to a merged model."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
-from esmerge.plan import Plan, make_plan
+from esmerge.plan import Plan, make_plan, with_recipe
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.remote_code import code_files
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals
 from esmerge.sources import Source, content_hash
+from esmerge.specialists import Specialist, are_twins
 from esmerge.writing import Output, make_output, write_all
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,8 @@ def merge(
         merger = make_merger(plan, signals)
         result = make_output(plan, merger, folder)
         write_all(plan, [result], progress)
-        return _finish(plan, result, signals, _inputs(plan, plan))
+        _warn_of_twins(plan.specialists)
+        return _finish(plan, result, signals, _inputs(plan))
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,10 @@ def compare(
                 f"variant {name}: {other[0]} cannot vary in one comparison, only method and coefficients can."
             )
     recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
-    plans = {name: make_plan(variant, trust_remote_code) for name, variant in recipes.items()}
+    first = make_plan(next(iter(recipes.values())), trust_remote_code)
+    plans = {name: with_recipe(first, variant) for name, variant in recipes.items()}
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, "", resume=False))
-        first = next(iter(plans.values()))
         scratch = stack.enter_context(Scratch(folder))
         probed = _shared_probe(list(plans.values()))
         signals = _signals(probed, scratch, progress) if probed else None
@@ -116,10 +119,13 @@ def compare(
             own = signals if isinstance(plan.recipe.coefficients, SignalsRecipe) else None
             outputs[name] = make_output(plan, make_merger(plan, own), folder / name, observers[name])
         write_all(first, list(outputs.values()), progress)
+        _warn_of_twins(first.specialists)
+        inputs = _inputs(probed or first)
         found = {}
         for name, result in outputs.items():
             own = signals if isinstance(plans[name].recipe.coefficients, SignalsRecipe) else None
-            _finish(plans[name], result, own, _inputs(plans[name], first))
+            kept = inputs if own else {key: value for key, value in inputs.items() if key != "probe"}
+            _finish(plans[name], result, own, kept)
             energies = result.merger.kept_energy.values()
             found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
     return found
@@ -197,7 +203,10 @@ def _write_coefficients(plan: Plan, merger: Merger, signals: EmbeddingSignals | 
         tensors |= {"alpha": _alpha(plan, signals), "distances": signals.distances, "planes": signals.planes}
     elif plan.num_layers:
         # The mean over a layer's tensors: one number wherever the recipe gives one.
-        layers = [[t.name for t in plan.merged if t.layer == number] for number in range(plan.num_layers)]
+        layers = [
+            [name for t in plan.merged if t.layer == number for name in plan.coefficient_names(t)]
+            for number in range(plan.num_layers)
+        ]
         means = [[merger.coefficients.scalars(name, number) for name in layer] for number, layer in enumerate(layers)]
         empty = torch.zeros(len(names), dtype=torch.float64)
         tensors["alpha"] = torch.stack(
@@ -239,29 +248,38 @@ def _probe_files(plan: Plan) -> list[str]:
 
 
 def _fingerprint(plan: Plan) -> str:
-    """What tells one merge from another without reading the inputs: the recipe, and names, sizes and times of files."""
+    """What tells one merge from another without reading the inputs: the recipe, and names, sizes and times of files.
+
+    Of times, also that of the last change of a file's entry, which nobody can set.
+    """
     folders = [plan.base.folder, *(source.folder for source in plan.sources)]
     folders += [encoder.folder for encoder in encoders_of(plan).values() if encoder.folder is not None]
     files = [file for folder in folders for file in sorted(folder.glob("*"))]
     files += [file for encoder in encoders_of(plan).values() for file in sorted(encoder.checkpoint.files)]
     files += [plan.path(reference) for reference in _probe_files(plan)]
-    stats = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
-    return "\n".join([plan.recipe.model_dump_json(by_alias=True), *stats, *map(str, results.versions().items())])
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for name, stat in stats]
+    settings = {**results.versions(), **_threads(plan)}
+    return "\n".join([plan.recipe.model_dump_json(by_alias=True), *lines, *map(str, settings.items())])
 
 
-def _inputs(plan: Plan, opened: Plan) -> dict[str, Any]:
-    """What pins the inputs of a plan: commits, or hashes of what `opened`, a plan of the same inputs, has read."""
+def _threads(plan: Plan) -> dict[str, int]:
+    """The number of threads, where a result depends on it: products of matrices are added up in its order."""
+    return {"threads": torch.get_num_threads()} if isinstance(plan.recipe.coefficients, SignalsRecipe) else {}
+
+
+def _inputs(plan: Plan) -> dict[str, Any]:
+    """What pins the inputs of a plan: commits, or hashes of what was read."""
 
     def pinned(source: Source, weights: Checkpoint) -> dict[str, str]:
         pin = {"commit": source.commit} if source.commit else {"hash": content_hash(source.folder, weights)}
         return {"source": source.reference, **pin}
 
-    pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, opened.specialists, strict=True)]
+    pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, plan.specialists, strict=True)]
     specialists = dict(zip(plan.recipe.specialists, pins, strict=True))
-    for name, encoder in encoders_of(opened).items():
+    for name, encoder in encoders_of(plan).items():
         specialists[name]["encoder"] = encoder_hash(encoder)
-    _warn_of_twins(specialists)
-    inputs: dict[str, Any] = {"base": pinned(plan.base, opened.checkpoint), "specialists": specialists}
+    inputs: dict[str, Any] = {"base": pinned(plan.base, plan.checkpoint), "specialists": specialists}
     if plan.trust_remote_code and plan.base.config().get("auto_map"):
         inputs["base"]["code"] = {file.name: content_hash(file) for file in code_files(plan.base.folder)}
     for reference in _probe_files(plan):
@@ -274,6 +292,7 @@ def _record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mappi
         "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
         "inputs": dict(inputs),
         "versions": results.versions(),
+        **_threads(plan),
         "tensors": dict(counts),
     }
     left_out = {"base": plan.left_out, **{specialist.name: specialist.left_out for specialist in plan.specialists}}
@@ -286,10 +305,8 @@ def _record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mappi
     return record
 
 
-def _warn_of_twins(specialists: Mapping[str, Mapping[str, str]]) -> None:
-    seen: dict[str, str] = {}
-    for name, entry in specialists.items():
-        pin = entry.get("commit") or entry["hash"]
-        if pin in seen:
-            logger.warning("%s and %s are the same specialist: its delta counts twice", seen[pin], name)
-        seen[pin] = name
+def _warn_of_twins(specialists: Sequence[Specialist]) -> None:
+    """Warn of specialists that are the same; called when they were read, so that their hashes are known."""
+    for one, other in itertools.combinations(specialists, 2):
+        if are_twins(one, other):
+            logger.warning("%s and %s are the same specialist: its delta counts twice", one.name, other.name)

@@ -72,7 +72,8 @@ def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path
         mark = staged / ".fingerprint"
         if resume and mark.exists() and mark.read_text() != fingerprint:
             raise InputError(
-                f"what is left of {output} is of another recipe or of other inputs: start again without --resume."
+                f"what is left of {output} is of another recipe or of other inputs, or was begun with another number "
+                "of threads: start again without --resume."
             )
         try:
             if not resume or not mark.exists():

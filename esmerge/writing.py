@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from esmerge import results
-from esmerge.checkpoint import CheckpointWriter
+from esmerge.checkpoint import Checkpoint, CheckpointWriter
 from esmerge.deltas import Delta, LoraDelta, ValueDelta
 from esmerge.encoders import (
     LLM_PREFIX,
@@ -40,6 +40,9 @@ from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
 
 logger = logging.getLogger(__name__)
+
+# With several outputs, what is read of a tensor of up to this size over all inputs is kept until all have it.
+_REMEMBERED_BYTES = 2 << 30
 
 Observe = Callable[[str, Tensor, Sequence[Tensor]], None]
 
@@ -123,8 +126,13 @@ class Output:
         self.writer.write_rows(key, start, rows)
 
     def _show(self, target: Target, stream: TensorStream, start: int, stop: int, merged: Tensor) -> None:
-        if self._observe is not None:
-            self._observe(target.name, merged, stream.kept_block(start, stop))
+        if self._observe is None:
+            return
+        # A method that takes whole tensors gives a whole one; deltas are kept in blocks.
+        for first, last in stream.spans:
+            if start <= first and last <= stop:
+                part = merged[first - start : last - start] if merged.dim() else merged
+                self._observe(target.name, part, stream.kept_block(first, last))
 
 
 class AdapterOutput(Output):
@@ -273,7 +281,7 @@ def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | Non
 def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     """Merge and write all targets into all outputs, the largest first, on as many threads as torch would use.
 
-    Each tensor's deltas are read once, whatever the number of outputs.
+    Each tensor is read once, whatever the number of outputs, unless its inputs together are larger than 2 GiB.
     """
     pending = [(target, [output for output in outputs if not output.recall(target)]) for target in outputs[0].targets]
     pending = sorted(((t, o) for t, o in pending if o), key=lambda entry: -_bytes(entry[0]))
@@ -284,14 +292,18 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     def write(target: Target, wanting: Sequence[Output]) -> None:
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
-        for output in wanting:
-            try:
-                output.write(target, stream)
-            except (ValueError, torch.linalg.LinAlgError) as error:
-                # A method that looks for thresholds or singular values finds none among values that are no numbers.
-                if (bad := _bad_input(plan, target)) is not None:
-                    raise InputError(bad) from error
-                raise
+        with ExitStack() as stack:
+            if several and sum(c.info(name).nbytes for c, name in _inputs(plan, target)) <= _REMEMBERED_BYTES:
+                for checkpoint, name in _inputs(plan, target):
+                    stack.enter_context(checkpoint.remembering(name))
+            for output in wanting:
+                try:
+                    output.write(target, stream)
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    # Methods that look for thresholds or singular values find none among values that are no numbers.
+                    if (bad := _bad_input(plan, target)) is not None:
+                        raise InputError(bad) from error
+                    raise
 
     _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -331,12 +343,17 @@ def _not_finite(plan: Plan, target: Target) -> str:
     return f"the merged {target.written} has NaN or infinite values: lower the coefficients or the method's lambda."
 
 
-def _bad_input(plan: Plan, target: Target) -> str | None:
+def _inputs(plan: Plan, target: Target) -> list[tuple[Checkpoint, str]]:
+    """The stored tensors that a target is merged from: the base's, and one of each specialist that changes it."""
     tensors = [(plan.checkpoint, target.stored)]
     for specialist, name in zip(plan.specialists, target.changed, strict=True):
         if name:
             tensors.append((specialist.checkpoint, specialist.stored_as(name)))
-    for checkpoint, name in tensors:
+    return tensors
+
+
+def _bad_input(plan: Plan, target: Target) -> str | None:
+    for checkpoint, name in _inputs(plan, target):
         for start, stop in row_blocks(checkpoint.info(name).shape):
             if not is_finite(checkpoint.read_range(name, start, stop)):
                 file = checkpoint.info(name).file

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from esmerge.checkpoint import Checkpoint
+from esmerge.configs import same_tensor
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.sources import read_json
@@ -14,7 +15,7 @@ from esmerge.specialists.lora import LoraSpecialist
 from esmerge.specialists.mol_llama import MOL_LLAMA, open_mol_llama
 from esmerge.specialists.prot2text import PROT2TEXT, is_prot2text_adapter, open_prot2text, open_prot2text_adapter
 
-__all__ = ["FullSpecialist", "LoraSpecialist", "Specialist", "SpecialistEncoder", "open_specialist"]
+__all__ = ["FullSpecialist", "LoraSpecialist", "Specialist", "SpecialistEncoder", "are_twins", "open_specialist"]
 
 
 class Specialist(Protocol):
@@ -46,6 +47,15 @@ class Specialist(Protocol):
     @property
     def names(self) -> list[str]:
         """Canonical names of all tensors that it may change."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """What tells its tensors apart, whatever they are called and however they are sharded -> the tensor stored."""
+        ...
+
+    def is_scaled_as(self, other: object) -> bool:
+        """Whether equal tensors mean equal deltas."""
         ...
 
     def stored_as(self, name: str) -> str:
@@ -106,6 +116,16 @@ def open_specialist(
 
 def _left_out(name: str, folder: Path, encoder: SpecialistEncoder | None) -> dict[str, int]:
     return other_encoders(name, folder) | (encoder.left_out if encoder is not None else {})
+
+
+def are_twins(one: Specialist, other: Specialist) -> bool:
+    """Whether two specialists are the same, bit by bit, however they are stored; costs little if they are not."""
+    if one.tensors.keys() != other.tensors.keys() or not one.is_scaled_as(other):
+        return False
+    # Small ones first: the first that differs tells.
+    names = sorted(one.tensors, key=lambda name: one.checkpoint.info(one.tensors[name]).nbytes)
+    pairs = [(one.tensors[name], other.tensors[name]) for name in names]
+    return all(same_tensor(one.checkpoint, own, other.checkpoint, others) for own, others in pairs)
 
 
 def _refuse(name: str, field: str, given: Path | None, kind: str) -> None:

@@ -105,6 +105,15 @@ class FullSpecialist:
         return [name for name, tensor in self._stored.items() if self.checkpoint.info(tensor).dtype.is_floating_point]
 
     @property
+    def tensors(self) -> Mapping[str, str]:
+        """Canonical name -> the checkpoint's tensor."""
+        return self._stored
+
+    def is_scaled_as(self, other: object) -> bool:
+        """Whether equal tensors mean equal deltas."""
+        return isinstance(other, FullSpecialist)
+
+    @property
     def integers(self) -> list[str]:
         """Canonical names of its other tensors, which are buffers such as masks."""
         return sorted(self._stored.keys() - set(self.names))

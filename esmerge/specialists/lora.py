@@ -192,6 +192,21 @@ class LoraSpecialist:
         return sorted({*self._parts, *biases, *self._values, *self._tokens}, key=natural_order)
 
     @property
+    def tensors(self) -> Mapping[str, str]:
+        """What tells its tensors apart, whatever they are called -> the adapter's tensor."""
+        factors = {f"{weight} {part}": t for weight, parts in self._parts.items() for part, t in parts.items()}
+        return factors | self._values | {f"{name} tokens": tensor for name, tensor in self._tokens.items()}
+
+    def is_scaled_as(self, other: object) -> bool:
+        """Whether equal tensors mean equal deltas."""
+        return (
+            isinstance(other, LoraSpecialist)
+            and self._parts.keys() == other._parts.keys()
+            and all(self.scaling(weight) == other.scaling(weight) for weight in self._parts)
+            and self.config.get("trainable_token_indices") == other.config.get("trainable_token_indices")
+        )
+
+    @property
     def low_rank(self) -> bool:
         """Whether it consists of pairs of factors alone."""
         return set(self.names) == set(self.modules) and all(set(p) == set(_FACTORS) for p in self._parts.values())

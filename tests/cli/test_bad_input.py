@@ -1313,6 +1313,44 @@ class TestWarnings:
         sentences = [record.getMessage() for record in caplog.records]
         assert sentences == ["molecule and cell are the same specialist: its delta counts twice"]
 
+    def test_identical_adapters_stored_in_different_ways(self, inputs, esmerge, tmp_path, caplog):
+        """The same factors under other names, in a folder with other files in it."""
+        shutil.rmtree(inputs / "cell")
+        shutil.copytree(inputs / "molecule", inputs / "cell")
+        inputs.change_json("cell/adapter_config.json", lora_dropout=0.1, base_model_name_or_path="elsewhere")
+        tensors = load_file(inputs / "cell" / "adapter_model.safetensors")
+        renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+        save_file(renamed, inputs / "cell" / "adapter_model.safetensors", metadata={"format": "pt", "x": "y"})
+        inputs.change_json("protein/adapter_config.json", base_model_name_or_path="elsewhere")
+        inputs.change_json("molecule/adapter_config.json", base_model_name_or_path="elsewhere")
+        inputs.recipe["coefficients"] = "uniform"
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == ["molecule and cell are the same specialist: its delta counts twice"]
+
+    def test_equal_factors_with_other_scalings_are_no_twins(self, inputs, esmerge, tmp_path, caplog):
+        shutil.rmtree(inputs / "cell")
+        shutil.copytree(inputs / "molecule", inputs / "cell")
+        inputs.change_json("cell/adapter_config.json", lora_alpha=2)
+        inputs.recipe["coefficients"] = "uniform"
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        assert not caplog.records
+
+    @pytest.mark.parametrize("method", ["linear", "ties"])
+    def test_identical_full_checkpoints_in_different_shards(self, inputs, esmerge, tmp_path, caplog, method):
+        to_full(inputs)
+        shutil.rmtree(inputs / "molecule")
+        model = AutoModelForCausalLM.from_pretrained(inputs / "cell", dtype=torch.float32)
+        model.save_pretrained(inputs / "molecule", max_shard_size="20KB")
+        assert len(list((inputs / "molecule").glob("*.safetensors"))) > 2
+        inputs.recipe |= {"coefficients": "uniform", "method": method}
+        code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+        assert code == 0, err
+        sentences = [record.getMessage() for record in caplog.records]
+        assert sentences == ["molecule and cell are the same specialist: its delta counts twice"]
+
     def test_none_without_cause(self, inputs, esmerge, tmp_path, caplog):
         to_full(inputs)
         code, _, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")

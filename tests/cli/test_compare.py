@@ -2,13 +2,21 @@
 
 import math
 import re
+import shutil
+import threading
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from esmerge.checkpoint import Checkpoint
 from esmerge.pipeline import compare
+from esmerge.plan import make_plan
+from esmerge.rawio import read_into
 from esmerge.recipe import load_recipe, parse_recipe, read_variants
 
 NAMES = ["molecule", "protein", "cell"]
@@ -212,6 +220,87 @@ def test_bad_variants_leave_nothing(esmerge, recipe_file, tmp_path, options, cul
     assert culprit in err
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each byte of each file was read through the reader of tensors."""
+    counts = defaultdict(dict)
+    lock = threading.Lock()
+
+    def counting(descriptor, tensor, offset):
+        file = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        with lock:
+            for byte in range(offset, offset + tensor.nbytes):
+                counts[file][byte] = counts[file].get(byte, 0) + 1
+        read_into(descriptor, tensor, offset)
+
+    monkeypatch.setattr("esmerge.checkpoint.read_into", counting)
+    return counts
+
+
+VARIANTS = {
+    "methods": (
+        [
+            "linear",
+            "task_arithmetic",
+            "{name: ties, density: 0.5}",
+            "{name: dare_ties, density: 0.5}",
+            "tsv",
+            "karcher",
+        ],
+        ["uniform", "{molecule: 1, protein: 0.5, cell: 0.2}"],
+    ),
+    "weighted sums": (["linear", "task_arithmetic"], ["uniform", "{molecule: 1, protein: 0.5, cell: 0.2}"]),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs to know the files behind descriptors")
+@pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 4}], ids=["full", "adapter"])
+@pytest.mark.parametrize("variants", VARIANTS)
+def test_every_byte_of_the_inputs_is_read_once(llama, recipe, tmp_path, monkeypatch, reads, variants, output):
+    """Whatever the number of variants; beside what the checks before the merge look at."""
+    monkeypatch.setattr("esmerge.scores.BLOCK_ELEMENTS", 400)
+    base = load_file(llama / "base" / "model.safetensors")
+    for number, name in enumerate(NAMES):
+        torch.manual_seed(number)
+        shutil.copytree(llama / "base", tmp_path / name)
+        own = {n: t + torch.randn(t.shape) * 0.1 if "_proj" in n else t for n, t in base.items()}
+        save_file(own, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    recipe |= {"specialists": {name: str(tmp_path / name) for name in NAMES}, "output": output}
+    recipe |= {"coefficients": "uniform"}
+    content = parse_recipe(recipe, llama)
+    make_plan(content)
+    checks = {file: dict(counts) for file, counts in reads.items()}
+    reads.clear()
+    compare(content, read_variants(*VARIANTS[variants]), tmp_path / "compared", progress=False)
+    files = [llama / "base" / "model.safetensors", *(tmp_path / name / "model.safetensors" for name in NAMES)]
+    assert {str(file) for file in files} == reads.keys()
+    for file in files:
+        with Checkpoint.open_file(file) as checkpoint:
+            places = {name: checkpoint.info(name) for name in checkpoint}
+        for name, place in places.items():
+            counts = reads[str(file)]
+            extra = {
+                counts.get(byte, 0) - checks[str(file)].get(byte, 0)
+                for byte in range(place.offset, place.offset + place.nbytes)
+            }
+            # What the checks read from first to last need not be read again for the hash of an input.
+            checked = place.offset + place.nbytes - 1 in checks[str(file)]
+            assert extra <= ({0, 1} if checked else {1}), (file, name, extra)
+
+
+def test_warnings_come_once(llama, recipe, tmp_path, caplog):
+    """The inputs are opened and checked once, not for each variant."""
+    config = AutoConfig.from_pretrained(llama / "base")
+    torch.manual_seed(99)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cell")
+    recipe["specialists"] |= {"cell": str(tmp_path / "cell")}
+    recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+    variants = read_variants(["linear", "ties", "tsv"], [])
+    compare(parse_recipe(recipe, llama), variants, tmp_path / "compared", progress=False)
+    [sentence] = [record.getMessage() for record in caplog.records]
+    assert sentence.startswith("cell is as far from the base as an unrelated model is")
 
 
 def test_variants_of_granularity_share_a_probe(recipe_file, tmp_path):

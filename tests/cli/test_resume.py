@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 LAYERS = 5
@@ -66,6 +68,21 @@ def merge(esmerge, project):
     return run
 
 
+@pytest.fixture(scope="module")
+def with_signals(project):
+    """The same merge with coefficients from embedding signals, which are measured first."""
+    torch.manual_seed(3)
+    mask = torch.zeros(24, 8, dtype=torch.bool)
+    mask[:, 4] = True
+    tensors = {"inputs_embeds": torch.randn(24, 8, 128), "attention_mask": torch.ones(24, 8, dtype=torch.int64)}
+    save_file({**tensors, "mask.one": mask, "mask.two": mask.clone()}, project / "probe.safetensors")
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    recipe["probe"] = {"tensors": "probe.safetensors"}
+    recipe["coefficients"] = {"from": "embedding_signals", "projections": 64}
+    (project / "signals.yaml").write_text(yaml.safe_dump(recipe))
+    return project / "signals.yaml"
+
+
 def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -82,14 +99,14 @@ def journal_of(output):
 def killed(esmerge_program, project):
     """The output of a merge that was killed as soon as some of its tensors were written."""
     output = project / "killed"
-    kill_after(5, output, esmerge_program, project)
+    kill_after(5, output, esmerge_program, project / "recipe.yaml")
     return output
 
 
-def kill_after(count, output, esmerge_program, project, *options):
+def kill_after(count, output, esmerge_program, recipe, *options):
     """Kills a merge as soon as `count` of its tensors are written."""
-    command = [esmerge_program, "merge", project / "recipe.yaml", "-o", output, "--quiet", *options]
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    command = [esmerge_program, "merge", recipe, "-o", output, "--quiet", *options]
+    with subprocess.Popen(command, env=os.environ | threads(1)) as process:
         while len(journal_of(output)) < count:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.001)
@@ -145,7 +162,7 @@ def test_killed_twice_in_the_middle_of_a_line(left, undisturbed, merge, project,
     with journal.open("a") as stream:
         stream.write('["model.norm.wei')
     first = len(journal_of(left))
-    kill_after(first + 5, left, esmerge_program, project, "--resume")
+    kill_after(first + 5, left, esmerge_program, project / "recipe.yaml", "--resume")
     assert len(journal_of(left)) >= first + 5
     merge(left, "--resume")
     assert files_of(left) == undisturbed
@@ -167,6 +184,85 @@ def test_where_there_is_nothing_to_resume(tmp_path, undisturbed, merge):
     assert files_of(tmp_path / "merged") == undisturbed
 
 
+def threads(count):
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(count))
+
+
+def run_until(point, program):
+    """Runs the command line in a process that kills itself where it calls a function for the first time."""
+    module, _, function = point.rpartition(".")
+    script = f"""
+import importlib, os, signal, sys
+owner = importlib.import_module("{module}") if "{module}" != "pathlib.Path" else __import__("pathlib").Path
+setattr(owner, "{function}", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+from esmerge.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, *map(str, program)]
+    done = subprocess.run(command, env=os.environ | threads(1), capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "esmerge.results.copy_model_files",
+        "esmerge.results.write_tensors",
+        "esmerge.results.write_record",
+        "pathlib.Path.rename",
+    ],
+)
+def test_killed_after_the_last_tensor(tmp_path, project, undisturbed, merge, point):
+    output = tmp_path / "merged"
+    run_until(point, ["merge", project / "recipe.yaml", "-o", output, "--quiet"])
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.partial"]
+    merge(output, "--resume")
+    assert files_of(output) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_signals(project, with_signals, esmerge_program):
+    command = [esmerge_program, "merge", with_signals, "-o", project / "undisturbed-signals", "--quiet"]
+    subprocess.run(command, env=os.environ | threads(1), check=True)
+    return files_of(project / "undisturbed-signals")
+
+
+@pytest.mark.parametrize("point", ["esmerge.signals.dense_score", "esmerge.writing.CheckpointWriter", None])
+def test_of_embedding_signals(tmp_path, with_signals, undisturbed_signals, esmerge_program, point):
+    """Killed while they are measured and spooled, or while tensors are merged by them."""
+    output = tmp_path / "merged"
+    command = ["merge", with_signals, "-o", output, "--quiet"]
+    if point is None:
+        kill_after(5, output, esmerge_program, with_signals)
+    else:
+        run_until(point, command)
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.partial"]
+    visible = [path.name for path in (tmp_path / ".merged.partial").iterdir() if not path.name.startswith(".")]
+    assert visible == ([] if point else ["model.safetensors"]), "what was spooled is gone with the process"
+    subprocess.run([esmerge_program, *command, "--resume"], env=os.environ | threads(1), check=True)
+    assert files_of(output) == undisturbed_signals
+    assert yaml.safe_load((output / "esmerge.yaml").read_text())["threads"] == 1
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_of_embedding_signals_with_another_number_of_threads(tmp_path, with_signals, esmerge_program):
+    output = tmp_path / "merged"
+    kill_after(5, output, esmerge_program, with_signals)
+    command = [esmerge_program, "merge", with_signals, "-o", output, "--quiet", "--resume"]
+    done = subprocess.run(command, env=os.environ | threads(2), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "was begun with another number of threads: start again without --resume" in done.stderr
+
+
+def test_with_another_number_of_threads(left, project, undisturbed, esmerge_program):
+    """Merging itself does not depend on it."""
+    command = [esmerge_program, "merge", project / "recipe.yaml", "-o", left, "--quiet", "--resume"]
+    done = subprocess.run(command, env=os.environ | threads(2), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files_of(left) == undisturbed
+
+
 @pytest.mark.parametrize(
     "change", [["--set", "method=iso_c"], ["--set", "coefficients.one=0.7"], ["--set", "seed=1"]], ids=lambda c: c[1]
 )
@@ -181,10 +277,29 @@ def test_of_another_recipe_is_refused(left, project, esmerge, change):
 
 def test_of_changed_inputs_is_refused(left, project, esmerge, tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".*", "undisturbed"))
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".*", "undisturbed*"))
     recipe = copy / "recipe.yaml"
     with (copy / "two" / "config.json").open("a") as config:
         config.write("\n")
     code, _, err = esmerge("merge", recipe, "-o", left, "--quiet", "--resume")
+    assert code == 2
+    assert "of another recipe or of other inputs" in err
+
+
+def test_of_inputs_whose_contents_alone_changed_is_refused(project, esmerge, esmerge_program, tmp_path):
+    """Of the same size, and dated back."""
+    copy, output = tmp_path / "copy", tmp_path / "merged"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".*", "undisturbed*"))
+    kill_after(5, output, esmerge_program, copy / "recipe.yaml")
+    weights = copy / "two" / "model.safetensors"
+    times = weights.stat()
+    with weights.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == times.st_mtime_ns
+    code, _, err = esmerge("merge", copy / "recipe.yaml", "-o", output, "--quiet", "--resume")
     assert code == 2
     assert "of another recipe or of other inputs" in err
