@@ -72,6 +72,7 @@ def rounds(tasks: Mapping[str, Callable[[], R]], count: int) -> dict[str, list[R
     runs: dict[str, list[R]] = {name: [] for name in tasks}
     for number in range(count):
         for name, task in tasks.items():
+            os.sync()  # what an earlier task wrote is not this one's to wait for
             done = task()
             runs[name].append(done)
             print(f"round {number + 1}: {name} {done.seconds:.2f} s, {done.cpu:.2f} s of CPU", file=sys.stderr)
@@ -93,9 +94,10 @@ def write_runs(file: Path, runs: Mapping[str, Sequence[Run]], **others: Any) -> 
     file.write_text(json.dumps({"machine": machine(), **others, "runs": figures}, indent=2) + "\n")
 
 
-def median(runs: Sequence[Run]) -> Run:
+def median(runs: Sequence[R]) -> R:
     """The median of each figure."""
-    return Run(**{field.name: statistics.median(getattr(one, field.name) for one in runs) for field in fields(Run)})
+    kind = type(runs[0])
+    return kind(**{field.name: statistics.median(getattr(one, field.name) for one in runs) for field in fields(kind)})
 
 
 def esmerge(recipe: Path, output: Path) -> Run:
