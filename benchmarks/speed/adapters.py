@@ -135,7 +135,7 @@ def _ours_alone(recipe: Any) -> float:
 
     plan = make_plan(recipe)
     merger, device = make_merger(plan, None), torch.device("cpu")
-    deltas = {target.name: plan.deltas(target) for target in plan.merged}
+    deltas: dict[str, Any] = {target.name: plan.deltas(target) for target in plan.merged}
 
     def one(target: Any) -> Any:
         own = deltas[target.name]
