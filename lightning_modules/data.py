@@ -1,24 +1,33 @@
 """Prompt and answer pairs as batches: lengths kept together, the loss on the answers only."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from esmerge.mllm import MllmProcessor
+from esmerge.modalities import Features
 from lightning_modules.shared_prefix import SharedPrefixBatch, share_prefix
+from lightning_modules.soft_tokens import ItemFeatures, Items, soft_ids
 
 IGNORED_LABEL = -100  # what torch's cross_entropy leaves out by default
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A prompt and the answer to learn, as token ids."""
+    """A prompt and the answer to learn, as token ids.
+
+    Attributes:
+        items: that soft tokens are made of; the prompt has one placeholder for each.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    items: Items = field(default_factory=dict)
 
 
 class AnswerBatch(NamedTuple):
@@ -26,17 +35,26 @@ class AnswerBatch(NamedTuple):
 
     tokens: SharedPrefixBatch
     labels: Tensor  # [rows, longest answer], IGNORED_LABEL where the position belongs to the prompt
+    features: dict[str, Features] | None = None  # by modality, of the items; the prompts' ids are then soft ids
 
 
-def collate_answers(examples: Sequence[TokenizedExample]) -> AnswerBatch:
-    """Left-padded, so that all answers end in the last column and only a few logits per row are ever needed."""
+def collate_answers(examples: Sequence[TokenizedExample], features: ItemFeatures | None = None) -> AnswerBatch:
+    """Left-padded, so that all answers end in the last column and only a few logits per row are ever needed.
+
+    Args:
+        features: of the examples' items; None if they have none.
+    """
     longest = max(len(example.answer_ids) for example in examples)
     labels = torch.full((len(examples), longest), IGNORED_LABEL)
     for row, example in enumerate(examples):
         labels[row, -len(example.answer_ids) :] = torch.tensor(example.answer_ids)
+    prompts, batches = [example.prompt_ids for example in examples], None
+    if features is not None:
+        prompts, batches = soft_ids(prompts, [example.items for example in examples], features)
     # The last answer token is predicted, never read.
-    sequences = [[*example.prompt_ids, *example.answer_ids[:-1]] for example in examples]
-    return AnswerBatch(share_prefix(sequences, shortest_rest=longest), labels)
+    answers = [example.answer_ids[:-1] for example in examples]
+    sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    return AnswerBatch(share_prefix(sequences, shortest_rest=longest), labels, batches or None)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -70,12 +88,26 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batches[batch]
 
 
-def answer_loader(examples: Sequence[TokenizedExample], batch_size: int, seed: int) -> DataLoader[AnswerBatch]:
-    """Batches for training; the order depends on the seed and the epoch alone."""
-    lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+def answer_loader(
+    examples: Sequence[TokenizedExample], batch_size: int, seed: int, processor: MllmProcessor | None = None
+) -> DataLoader[AnswerBatch]:
+    """Batches for training; the order depends on the seed and the epoch alone.
+
+    Args:
+        processor: of a multimodal model; needed where examples have items.
+    """
+    features = None if processor is None else ItemFeatures(processor)
     return DataLoader(
         examples,  # type: ignore[arg-type]  # a sequence is all that a DataLoader needs
         batch_size=batch_size,
-        sampler=LengthGroupedSampler(lengths, batch_size, seed),
-        collate_fn=collate_answers,
+        sampler=LengthGroupedSampler([_length(example, features) for example in examples], batch_size, seed),
+        collate_fn=partial(collate_answers, features=features),
     )
+
+
+def _length(example: TokenizedExample, features: ItemFeatures | None) -> int:
+    """Positions that an example takes, with one placeholder more for each item."""
+    soft = 0
+    if features is not None:
+        soft = sum(features.count(modality, item) for modality, items in example.items.items() for item in items)
+    return len(example.prompt_ids) + len(example.answer_ids) + soft

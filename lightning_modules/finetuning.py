@@ -1,6 +1,6 @@
-"""Fine-tunes a causal language model on prompts with answers: all of it, or the adapters that PEFT put into it."""
+"""Fine-tunes a language model on prompts with answers: all of it, or PEFT's adapters and the encoders before it."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pytorch_lightning import LightningModule
@@ -8,8 +8,12 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esmerge.mllm import MllmForConditionalGeneration
 from lightning_modules.data import AnswerBatch
 from lightning_modules.shared_prefix import CausalLM, last_logits
+from lightning_modules.soft_tokens import WithSoftIds, soft_token_table
+
+TrainedModel: TypeAlias = CausalLM | MllmForConditionalGeneration
 
 
 class AnswerFinetuning(LightningModule):
@@ -17,12 +21,20 @@ class AnswerFinetuning(LightningModule):
 
     Adapters in float32 on a bfloat16 base train well with `Trainer(precision="bf16-mixed")`: the arithmetic is
     bfloat16, the weights that the optimizer sees are not. Checkpoints hold the trained parameters and no others.
+
+    Args:
+        model: an LLM, or one with encoders, which are then trained along.
+        learning_rate: its highest value.
+        encoder_learning_rate: of the encoders; None for the same.
+        warmup_share: of the steps, during which learning rates grow.
+        weight_decay: of AdamW.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: TrainedModel,
         learning_rate: float = 5e-4,
+        encoder_learning_rate: float | None = None,
         warmup_share: float = 0.1,
         weight_decay: float = 0.0,
     ) -> None:
@@ -30,6 +42,7 @@ class AnswerFinetuning(LightningModule):
         self.save_hyperparameters(ignore="model")
         self.model = model
         self.learning_rate = learning_rate
+        self.encoder_learning_rate = learning_rate if encoder_learning_rate is None else encoder_learning_rate
         self.warmup_share = warmup_share
         self.weight_decay = weight_decay
         # A checkpoint lacks the frozen parameters on purpose.
@@ -44,8 +57,13 @@ class AnswerFinetuning(LightningModule):
         self.log("validation_loss", answer_loss(self.model, batch), prog_bar=True, batch_size=len(batch.labels))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        encoders = [parameter for name, parameter in trained.items() if name.startswith("encoders.")]
+        others = [parameter for name, parameter in trained.items() if not name.startswith("encoders.")]
+        groups = [{"params": others}, {"params": encoders, "lr": self.encoder_learning_rate}]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.learning_rate, weight_decay=self.weight_decay
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_then_decay(step, steps, round(steps * self.warmup_share))
@@ -59,9 +77,12 @@ class AnswerFinetuning(LightningModule):
         }
 
 
-def answer_loss(model: CausalLM, batch: AnswerBatch) -> Tensor:
+def answer_loss(model: TrainedModel, batch: AnswerBatch) -> Tensor:
     """The mean cross-entropy over the answers' tokens."""
-    logits = last_logits(model, batch.tokens, last=batch.labels.shape[1])
+    reader: Any = model
+    if isinstance(model, MllmForConditionalGeneration):
+        reader = WithSoftIds(model, soft_token_table(model, batch.features)) if batch.features else model.language_model
+    logits = last_logits(reader, batch.tokens, last=batch.labels.shape[1])
     return cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
 
 

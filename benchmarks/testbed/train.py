@@ -1,13 +1,20 @@
-"""Trains the three specialists: a LoRA adapter of the base for each modality's task."""
+"""Trains the three specialists: a LoRA adapter of the base for each modality's task, and the modality's encoder.
 
-import hashlib
+    python -m benchmarks.testbed.train [--modality molecule|protein|cell] [--output FOLDER]
+
+The same seed and versions give the same bits, whatever the number of cores.
+"""
+
+import argparse
 import json
 import logging
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,90 +22,111 @@ from pytorch_lightning import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.testbed.base_model import base_model_folder
-from benchmarks.testbed.cache import building, cache_folder
-from benchmarks.testbed.data import Modality, load_task
-from benchmarks.testbed.packages import PINS_FILE
-from benchmarks.testbed.tokenization import encode_answer, encode_prompt
-from lightning_modules.data import TokenizedExample, answer_loader
-from lightning_modules.finetuning import AnswerFinetuning
+from benchmarks.testbed.cache import building
+from benchmarks.testbed.data import MODALITIES, Example, Task, load_task
+from benchmarks.testbed.packages import pinned_packages
+from benchmarks.testbed.prompts import encode_answer, encode_prompt
+from benchmarks.testbed.specialists import BASE_ID, FOLDER, PLANS, TrainingPlan, encoding
+from esmerge.errors import InputError
+from esmerge.mllm import MllmProcessor
+from esmerge.mllm.loading import assemble
+from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder
+from lightning_modules.data import TokenizedExample, answer_loader, collate_answers
+from lightning_modules.finetuning import AnswerFinetuning, answer_loss
+from lightning_modules.soft_tokens import ItemFeatures
 
-# Raise it when a change to the data or the training code changes what comes out: cached specialists are then retrained.
-TRAINING_VERSION = 1
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Everything about one training run that is not data."""
-
-    examples: int
-    epochs: int
-    learning_rate: float
-    batch_size: int = 8
-    warmup_share: float = 0.1
-    rank: int = 8
-    alpha: int = 16
-    seed: int = 42
+RECORD = "training.json"
+_VALIDATION_BATCH = 32
 
 
-# Sized for five minutes in all on two idle CPU cores. So few examples call for many small steps: the protein
-# specialist's validation AUROC is 0.68 after batches of 16 at 1e-3, and 0.83 after batches of 8 at 2e-3 (of 1,500).
-PLANS: dict[Modality, TrainingPlan] = {
-    "molecule": TrainingPlan(examples=700, epochs=1, learning_rate=2e-3),
-    "protein": TrainingPlan(examples=600, epochs=1, learning_rate=2e-3),
-    "cell": TrainingPlan(examples=240, epochs=2, learning_rate=2e-3),
-}
+def train(base: Path, task: Task, plan: TrainingPlan, output: Path) -> None:
+    """Train one specialist as planned and save it in the folder `output`, in bfloat16.
 
-
-def specialist_folder(modality: Modality) -> Path:
-    """The PEFT adapter folder of one specialist; trained on the first call, then cached."""
-    plan = PLANS[modality]
-    folder = cache_folder() / "specialists" / f"{modality}-{fingerprint(plan)}"
-    if not folder.is_dir():
-        with building(folder) as temporary:
-            train(modality, plan, temporary)
-    return folder
-
-
-def train(modality: Modality, plan: TrainingPlan, output: Path) -> None:
-    """Trains one specialist as planned and saves its adapter in `output`."""
-    base = base_model_folder()
-    task = load_task(modality)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    examples = [
-        TokenizedExample(
-            encode_prompt(tokenizer, task.prompt(example)),
-            [*encode_answer(tokenizer, example.answer), tokenizer.eos_token_id],
-        )
-        for example in task.examples["train"][: plan.examples]
-    ]
+    Args:
+        base: folder of the LLM.
+        task: what it learns; its training examples are all used.
+        plan: how.
+        output: an existing folder; gets a PEFT adapter, the encoder in `modalities`, and a record of the training.
+    """
+    started = time.perf_counter()
+    processor = MllmProcessor(AutoTokenizer.from_pretrained(base), encoding(task.modality, plan))
     # For rows this short, plain attention takes two thirds of the time that the fused kernel takes on a CPU.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
+    llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
     lora = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    # A sum split over threads depends on their number.
+    with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         # PEFT keeps the adapters in float32 on the bfloat16 base: small updates would be lost otherwise.
-        specialist = get_peft_model(model, lora).train()
-    with _quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed",
-            max_epochs=plan.epochs,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(
-            AnswerFinetuning(specialist, learning_rate=plan.learning_rate, warmup_share=plan.warmup_share),
-            answer_loader(examples, plan.batch_size, plan.seed),
-        )
-    specialist.save_pretrained(output)
+        adapted = get_peft_model(llm, lora)
+        hidden = llm.config.hidden_size
+        encoders = {name: modality.build(hidden) for name, modality in processor.modalities.items()}
+        model = assemble(adapted, processor, encoders).train()
+        module = AnswerFinetuning(model, plan.learning_rate, plan.encoder_learning_rate, plan.warmup_share)
+        examples = _tokenized(processor, task, task.examples["train"])
+        with _quiet_lightning():
+            trainer = Trainer(
+                accelerator="cpu",
+                precision="bf16-mixed",
+                max_epochs=plan.epochs,
+                gradient_clip_val=1.0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(module, answer_loader(examples, plan.batch_size, plan.seed, processor))
+        losses = {"train": float(trainer.callback_metrics["train_loss"])}
+        validation = _tokenized(processor, task, task.examples["validation"])
+        losses["validation"] = _validation_loss(module, validation, ItemFeatures(processor))
+    _save(adapted.to(torch.bfloat16), output)
+    for name, encoder in encoders.items():
+        save_encoder(processor.modalities[name], encoder.to(torch.bfloat16), output / MODALITIES_FOLDER / name)
+    record = {
+        "base": BASE_ID,
+        "task": task.name,
+        "plan": asdict(plan),
+        "samples": {split: len(found) for split, found in task.examples.items()},
+        "packages": {name: package.version for name, package in pinned_packages().items()},
+        "losses": losses,
+        "seconds": round(time.perf_counter() - started),
+    }
+    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def fingerprint(plan: TrainingPlan) -> str:
-    """Changes with everything that determines the trained weights."""
-    determinants = {"plan": asdict(plan), "packages": PINS_FILE.read_text(), "version": TRAINING_VERSION}
-    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:12]
+def _tokenized(processor: MllmProcessor, task: Task, examples: Sequence[Example]) -> list[TokenizedExample]:
+    end = processor.tokenizer.eos_token_id
+    tokenized = []
+    for example in examples:
+        ids, items = encode_prompt(processor, task, example)
+        tokenized.append(TokenizedExample(ids, [*encode_answer(processor.tokenizer, example.answer), end], items))
+    return tokenized
+
+
+@torch.no_grad()
+def _validation_loss(module: AnswerFinetuning, examples: Sequence[TokenizedExample], features: ItemFeatures) -> float:
+    """The mean over batches, in the precision of the training."""
+    module.eval()
+    batches = [examples[start : start + _VALIDATION_BATCH] for start in range(0, len(examples), _VALIDATION_BATCH)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [float(answer_loss(module.model, collate_answers(batch, features))) for batch in batches]
+    return sum(losses) / max(1, len(losses))
+
+
+def _save(adapted: Any, output: Path) -> None:
+    """The adapter, with the id under which everyone finds its base."""
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = BASE_ID
+    adapted.save_pretrained(output)
+    (output / "README.md").unlink(missing_ok=True)  # a template without content
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -113,3 +141,22 @@ def _quiet_lightning() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=list(MODALITIES))
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    for modality in options.modality:
+        folder = options.output / modality
+        if folder.exists():
+            raise InputError(f"{folder} exists: remove it, or choose another --output.")
+        with building(folder) as temporary:
+            train(base_model_folder(), load_task(modality), PLANS[modality], temporary)
+        print(folder)
+
+
+if __name__ == "__main__":
+    main()
