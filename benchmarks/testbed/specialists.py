@@ -34,11 +34,11 @@ class TrainingPlan:
 
 PLANS: dict[Modality, TrainingPlan] = {
     "molecule": TrainingPlan(
-        epochs=3,
+        epochs=2,
         settings={"kind": "fingerprint", "placeholder": "<mol>", "n_bits": 2048, "tokens": 8, "intermediate_size": 128},
     ),
     "protein": TrainingPlan(
-        epochs=2,
+        epochs=1,
         settings={
             "kind": "esm",
             "placeholder": "<protein>",
@@ -63,7 +63,7 @@ PLANS: dict[Modality, TrainingPlan] = {
             },
         },
     ),
-    "cell": TrainingPlan(epochs=6),
+    "cell": TrainingPlan(epochs=4),
 }
 
 

@@ -123,10 +123,13 @@ def assemble(llm: Any, processor: MllmProcessor, encoders: Mapping[str, Encoder]
     """A multimodal model of an LLM, PEFT's or transformers', and encoders that exist already."""
     from peft import PeftModel
 
-    config = mllm_config(llm.config, processor)
     plain = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    attention = plain.config._attn_implementation
+    config = mllm_config(llm.config, processor)
     with torch.device("meta"):
         model = MllmForConditionalGeneration(config, type(plain))
+    # A model that is built chooses an attention for the configuration that it shares with the LLM.
+    plain.config._attn_implementation = attention
     model.language_model = llm
     for name, encoder in encoders.items():
         model.encoders[name] = encoder
