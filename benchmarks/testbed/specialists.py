@@ -1,16 +1,21 @@
 """The three specialists: what each is trained on and how, and where the trained ones are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.testbed.data import Modality
+from esmerge.errors import InputError
 from esmerge.modalities import Modality as Encoding
 from esmerge.modalities.registry import modality_from_settings
 
 # The id under which the base is published; the testbed uses a conversion of it that a package ships.
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).parent / "specialists"
+# Beside each: how it was trained.
+RECORD = "training.json"
+# The task (in benchmarks/tasks) that each learns.
+TASKS: dict[Modality, str] = {"molecule": "b3db", "protein": "antimicrobial", "cell": "tissue"}
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,11 @@ class TrainingPlan:
     """Everything about one training run that is not data.
 
     Attributes:
-        settings: of the modality's encoder; empty for text.
+        settings: of the modality, as the registry of modalities takes them.
     """
 
     epochs: int
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
     learning_rate: float = 1e-3
     encoder_learning_rate: float = 1e-3
     batch_size: int = 16
@@ -63,12 +68,25 @@ PLANS: dict[Modality, TrainingPlan] = {
             },
         },
     ),
-    "cell": TrainingPlan(epochs=4),
+    "cell": TrainingPlan(epochs=4, settings={"kind": "text", "placeholder": "<cell>"}),
 }
 
 
 def encoding(modality: Modality, plan: TrainingPlan) -> dict[str, Encoding]:
-    """The modality of a plan by its name, for a processor; none for text."""
-    if not plan.settings:
-        return {}
+    """The modality of a plan by its name, for a processor."""
     return {modality: modality_from_settings(plan.settings, f"the plan of {modality}")}
+
+
+def specialist_folders(parent: Path = FOLDER) -> dict[str, Path]:
+    """The trained specialists by modality, each in a folder of `parent`.
+
+    Raises:
+        InputError: if one is missing.
+    """
+    folders: dict[str, Path] = {modality: parent / modality for modality in PLANS}
+    for modality, folder in folders.items():
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} is missing: train it with `python -m benchmarks.testbed.train --modality {modality}`."
+            )
+    return folders

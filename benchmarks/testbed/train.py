@@ -26,16 +26,16 @@ from benchmarks.testbed.cache import building
 from benchmarks.testbed.data import MODALITIES, Example, Task, load_task
 from benchmarks.testbed.packages import pinned_packages
 from benchmarks.testbed.prompts import encode_answer, encode_prompt
-from benchmarks.testbed.specialists import BASE_ID, FOLDER, PLANS, TrainingPlan, encoding
+from benchmarks.testbed.specialists import BASE_ID, FOLDER, PLANS, RECORD, TrainingPlan, encoding
 from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
 from esmerge.mllm.loading import assemble
-from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder
+from esmerge.modalities.modality import with_encoder
+from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
 from lightning_modules.data import TokenizedExample, answer_loader, collate_answers
 from lightning_modules.finetuning import AnswerFinetuning, answer_loss
 from lightning_modules.soft_tokens import ItemFeatures
 
-RECORD = "training.json"
 _VALIDATION_BATCH = 32
 
 
@@ -58,7 +58,7 @@ def train(base: Path, task: Task, plan: TrainingPlan, output: Path) -> None:
         torch.manual_seed(plan.seed)
         adapted = get_peft_model(llm, lora)
         hidden = llm.config.hidden_size
-        encoders = {name: modality.build(hidden) for name, modality in processor.modalities.items()}
+        encoders = {name: modality.build(hidden) for name, modality in with_encoder(processor.modalities).items()}
         model = assemble(adapted, processor, encoders).train()
         module = AnswerFinetuning(model, plan.learning_rate, plan.encoder_learning_rate, plan.warmup_share)
         examples = _tokenized(processor, task, task.examples["train"])
@@ -76,8 +76,12 @@ def train(base: Path, task: Task, plan: TrainingPlan, output: Path) -> None:
         validation = _tokenized(processor, task, task.examples["validation"])
         losses["validation"] = _validation_loss(module, validation, ItemFeatures(processor))
     _save(adapted.to(torch.bfloat16), output)
-    for name, encoder in encoders.items():
-        save_encoder(processor.modalities[name], encoder.to(torch.bfloat16), output / MODALITIES_FOLDER / name)
+    for name, modality in processor.modalities.items():
+        folder = output / MODALITIES_FOLDER / name
+        if name in encoders:
+            save_encoder(modality, encoders[name].to(torch.bfloat16), folder)
+        else:
+            save_modality(modality, folder)
     record = {
         "base": BASE_ID,
         "task": task.name,
@@ -112,8 +116,14 @@ def _save(adapted: Any, output: Path) -> None:
     """The adapter, with the id under which everyone finds its base."""
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = BASE_ID
-    adapted.save_pretrained(output)
+    # That embeddings are not trained is known; PEFT would ask the Hub.
+    adapted.save_pretrained(output, save_embedding_layers=False)
     (output / "README.md").unlink(missing_ok=True)  # a template without content
+    file = output / "adapter_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    # PEFT writes a set, in another order each time.
+    saved["target_modules"].sort()
+    file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

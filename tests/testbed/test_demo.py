@@ -1,34 +1,36 @@
-import dataclasses
+"""The demo: merges the specialists that come with the testbed, evaluates, and asks."""
+
+import json
 
 import pytest
 
 from benchmarks.testbed import demo
+from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.data import MODALITIES, load_task
-from benchmarks.testbed.evaluate import Score
-from benchmarks.testbed.results_table import read_results, results_table, write_results
-from benchmarks.testbed.train import PLANS, fingerprint
+from benchmarks.testbed.results_table import TaskScore, results_table
+from benchmarks.testbed.specialists import TASKS
 from esmerge.errors import InputError
+from esmerge.mllm.loading import load_model
 from esmerge.recipe import load_recipe
-
-RESULTS = {
-    "base": {"barrier": Score("AUROC", 0.5, 200), "tissue": Score("accuracy", 0.1, 190)},
-    "ES-Merging": {"barrier": Score("AUROC", 0.75, 200), "tissue": Score("accuracy", 0.25, 190)},
-}
 
 
 def test_table_names_metrics_and_numbers_of_samples():
-    assert results_table(RESULTS).splitlines() == [
+    scores = {
+        "base": {
+            "barrier": TaskScore("auroc", 0.5, 0.45, 0.55, 200),
+            "tissue": TaskScore("accuracy", 0.1, 0.06, 0.14, 190),
+        },
+        "ES-Merging": {
+            "barrier": TaskScore("auroc", 0.75, 0.7, 0.8, 200),
+            "tissue": TaskScore("accuracy", 0.25, 0.2, 0.3, 190),
+        },
+    }
+    assert results_table(scores).splitlines() == [
         "| model      | barrier (AUROC, n = 200) | tissue (accuracy, n = 190) | mean  |",
         "| ---------- | -----------------------: | -------------------------: | ----: |",
-        "| base       | 0.500                    | 0.100                      | 0.300 |",
-        "| ES-Merging | 0.750                    | 0.250                      | 0.500 |",
+        "| base       | 0.500 [0.45, 0.55]       | 0.100 [0.06, 0.14]         | 0.300 |",
+        "| ES-Merging | 0.750 [0.70, 0.80]       | 0.250 [0.20, 0.30]         | 0.500 |",
     ]
-
-
-def test_results_are_read_as_they_were_written(tmp_path):
-    write_results(RESULTS, tmp_path)
-    assert read_results(tmp_path) == RESULTS
-    assert (tmp_path / "demo.md").read_text() == results_table(RESULTS) + "\n"
 
 
 def test_recipes_are_valid_and_their_probe_is_held_out(tmp_path):
@@ -68,9 +70,3 @@ def test_other_peoples_files_are_never_removed(tmp_path):
     with pytest.raises(InputError, match="is a file"), demo._demo_folder(tmp_path / "thesis.tex"):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_another_plan_is_another_specialist():
-    plan = PLANS["molecule"]
-    changed = [dataclasses.replace(plan, **{field.name: 99}) for field in dataclasses.fields(plan)]
-    assert len({fingerprint(plan), *map(fingerprint, changed)}) == 1 + len(changed)
