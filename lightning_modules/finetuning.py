@@ -60,7 +60,7 @@ class AnswerFinetuning(LightningModule):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         encoders = [parameter for name, parameter in trained.items() if name.startswith("encoders.")]
         others = [parameter for name, parameter in trained.items() if not name.startswith("encoders.")]
-        groups = [{"params": others}, {"params": encoders, "lr": self.encoder_learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": encoders, "lr": self.encoder_learning_rate}]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=self.learning_rate, weight_decay=self.weight_decay
         )

@@ -61,13 +61,13 @@ def soft_ids(
             unique.setdefault(modality, {}).update(dict.fromkeys(values))
     ranges: dict[tuple[str, str], range] = {}
     start = FIRST_SOFT_ID
-    for modality, values in unique.items():
-        for item in values:
+    for modality, distinct in unique.items():
+        for item in distinct:
             ranges[modality, item] = range(start, start + features.count(modality, item))
             start = ranges[modality, item].stop
     owners = {token: modality for modality, token in features.processor.placeholder_ids.items()}
     modalities = features.processor.modalities
-    batches = {m: modalities[m].collate([features.of(m, item) for item in values]) for m, values in unique.items()}
+    batches = {m: modalities[m].collate([features.of(m, item) for item in found]) for m, found in unique.items()}
     return [_in_place(ids, own, owners, ranges) for ids, own in zip(prompts, items, strict=True)], batches
 
 
@@ -83,8 +83,8 @@ def _in_place(
     queues = {modality: iter(values) for modality, values in items.items()}
     found: list[int] = []
     for token in ids:
-        modality = owners.get(token)
-        found.extend([token] if modality is None else ranges[modality, next(queues[modality])])
+        owner = owners.get(token)
+        found.extend([token] if owner is None else ranges[owner, next(queues[owner])])
     return found
 
 

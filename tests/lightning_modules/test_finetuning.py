@@ -5,7 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from pytorch_lightning import Trainer
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from esmerge.mllm import MllmProcessor
+from esmerge.mllm.loading import assemble
+from esmerge.modalities import modality_from_settings
 from lightning_modules.data import TokenizedExample, answer_loader, collate_answers
 from lightning_modules.finetuning import AnswerFinetuning, answer_loss, warmup_then_decay
 
@@ -20,7 +24,7 @@ def with_adapter(model, seed=0):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def fit(model, tmp_path, precision="32-true", **options):
+def fit(model, tmp_path, precision="32-true", data=None, encoder_learning_rate=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         precision=precision,
@@ -31,8 +35,8 @@ def fit(model, tmp_path, precision="32-true", **options):
         default_root_dir=tmp_path,
         **{"enable_checkpointing": False, **options},
     )
-    module = AnswerFinetuning(model, learning_rate=1e-2)
-    trainer.fit(module, answer_loader(EXAMPLES, batch_size=8, seed=0))
+    module = AnswerFinetuning(model, learning_rate=1e-2, encoder_learning_rate=encoder_learning_rate)
+    trainer.fit(module, answer_loader(EXAMPLES, batch_size=8, seed=0) if data is None else data)
     return trainer, module
 
 
@@ -95,3 +99,18 @@ def test_learning_rate_rises_and_falls_in_straight_lines():
     factors = [warmup_then_decay(step, steps=10, warmup_steps=2) for step in range(11)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert factors[2:] == pytest.approx([1 - step / 8 for step in range(9)])
+
+
+def test_encoders_are_trained_at_a_learning_rate_of_their_own(llama, modality_settings, tmp_path):
+    modality = modality_from_settings(modality_settings["molecule"], "molecule")
+    processor = MllmProcessor(AutoTokenizer.from_pretrained(llama / "base"), {"molecule": modality})
+    ids = processor.tokenizer("<mol>", add_special_tokens=False)["input_ids"]
+    examples = [TokenizedExample(ids, [5 + number % 2], {"molecule": ["CO"[number % 2]]}) for number in range(8)]
+    for rate, trained in ((None, {"encoders", "language_model"}), (0.0, {"language_model"})):
+        llm = with_adapter(AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32))
+        model = assemble(llm, processor, {"molecule": modality.build(32)})
+        before = copy.deepcopy(model.state_dict())
+        fit(model, tmp_path, data=answer_loader(examples, 4, 0, processor), encoder_learning_rate=rate)
+        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert {name.split(".")[0] for name in changed} == trained
+        assert all("lora_" in name for name in changed if name.startswith("language_model"))

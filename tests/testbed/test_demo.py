@@ -1,16 +1,11 @@
 """The demo: merges the specialists that come with the testbed, evaluates, and asks."""
 
-import json
-
 import pytest
 
 from benchmarks.testbed import demo
-from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.results_table import TaskScore, results_table
-from benchmarks.testbed.specialists import TASKS
 from esmerge.errors import InputError
-from esmerge.mllm.loading import load_model
 from esmerge.recipe import load_recipe
 
 
