@@ -256,3 +256,13 @@ def test_examples_by_molecules_need_rdkit(esmerge, folder, monkeypatch):
     code, _, error = esmerge("tasks", "task.yaml")
     assert code == 2
     assert error == "esmerge: the task binding compares molecules by RDKit: pip install 'esmerge[molecules]'.\n"
+
+
+def test_packages_that_cannot_be_fetched(esmerge, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESMERGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    code, output, error = esmerge("tasks", "kiba")
+    assert code == 2
+    assert "to be fetched:  pydebiaseddta from PyPI" in output
+    assert error.startswith("esmerge: pip could not download pydebiaseddta: ") and error.count("\n") == 1
