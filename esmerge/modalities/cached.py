@@ -1,15 +1,9 @@
 """Features that were computed elsewhere: the way to use an encoder that lives in an environment of its own.
 
-There, write one tensor [n, width] per item, under the item's own text, into a safetensors file:
-
-    from safetensors.torch import save_file
-
-    features = {smiles: encoder(smiles).to("cpu", torch.float16).contiguous() for smiles in items}
-    save_file(features, "features.safetensors")
-
-Here, the file is the modality's `features_file`. What the LLM needs beyond it, a projector to its width, is trained
-or taken from a checkpoint. For Mol-LLaMA the features are the eight vectors of width 768 that its Q-Former gives
-(`encoder.graph_forward(graphs)[2].last_hidden_state`), and the projector is its `llm_proj`.
+There, write one tensor [n, width] per item, under the item's own text, into a safetensors file; `export_mol_llama.py`
+is a script that does so for Mol-LLaMA, whose Q-Former gives eight vectors of width 768. Here, the file is the
+modality's `features_file`, of which only what is asked for is read. What the LLM needs beyond it, a projector to its
+width, is trained or taken from a checkpoint; Mol-LLaMA's is its `llm_proj`.
 """
 
 from functools import lru_cache

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from esmerge.errors import InputError
-from esmerge.modalities.modality import Encoder, Features, MissingPackageError, Modality, last_matrix
+from esmerge.modalities.modality import Encoder, Features, MissingPackageError, Modality, last_matrix, shorten
 from esmerge.modalities.smiles import parse_smiles
 
 QUERY_TOKENS = 8
@@ -110,12 +110,18 @@ class MolLlamaEncoder(Encoder):
     def forward(self, **features: Tensor) -> Tensor:
         """From `smiles`, codes padded with zeros [items, n], to the soft tokens, [items * 8, hidden]."""
         items = [bytes(row[row != 0].tolist()).decode("ascii") for row in features["smiles"].cpu()]
-        graphs = self._graphs(items, self.encoder.unimol_dictionary, self.llm_proj.weight.device)
-        queries = self.encoder.graph_forward(graphs)[2].last_hidden_state
-        if len(queries) != len(items):
-            raise InputError(f"Mol-LLaMA's package finds no conformer of one of {', '.join(items)}: leave it out.")
-        projected: Tensor = self.llm_proj(queries)
+        # One at a time: the package leaves out molecules that it finds no conformer of, and does not say which.
+        projected: Tensor = self.llm_proj(torch.cat([self._queries(item) for item in items]))
         return projected.flatten(0, 1)
+
+    def _queries(self, smiles: str) -> Tensor:
+        try:
+            graphs = self._graphs([smiles], self.encoder.unimol_dictionary, self.llm_proj.weight.device)
+        # Without any molecule left, it fails in one way or another.
+        except Exception as error:
+            raise InputError(f"Mol-LLaMA's package finds no conformer of {shorten(smiles)}: leave it out.") from error
+        queries: Tensor = self.encoder.graph_forward(graphs)[2].last_hidden_state
+        return queries
 
 
 def _without_downloads(encoders: ModuleType) -> type[Any]:

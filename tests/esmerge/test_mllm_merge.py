@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from esmerge.mllm import MllmForConditionalGeneration
 from esmerge.mllm.loading import load_model
+from esmerge.pipeline import compare
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
 
@@ -177,3 +180,31 @@ def test_text_modalities_alone_leave_a_plain_folder(specialists, merge, recipe, 
     _, processor = load_model(tmp_path / "merged", specialists / "base" if output == "adapter" else None)
     inputs = processor(text="<protein>!", protein=["MKT"])
     assert processor.tokenizer.decode(inputs["input_ids"][0]) == "MKT!"
+
+
+@pytest.mark.parametrize("output", ["adapter", "full"])
+def test_every_result_of_a_comparison_has_the_encoders(specialists, recipe, tmp_path, monkeypatch, output):
+    monkeypatch.setenv("ESMERGE_ENCODER_CACHE", str(tmp_path / "soft_tokens"))
+    recipe["output"] = {"format": output} | ({"rank": 12} if output == "adapter" else {})
+    variants = {"linear": {"method": "linear"}, "ties": {"method": "ties", "coefficients": "uniform"}}
+    compare(parse_recipe(recipe, specialists), variants, tmp_path / "compared", progress=False)
+    for name in variants:
+        base = specialists / "base" if output == "adapter" else None
+        model, processor = load_model(tmp_path / "compared" / name, base, dtype=torch.float32)
+        for modality in ("molecule", "protein"):
+            stored = load_file(specialists / modality / "modalities" / modality / "model.safetensors")
+            found = model.encoders[modality].state_dict()
+            assert found.keys() == stored.keys() and all(torch.equal(found[key], stored[key]) for key in stored)
+        with torch.no_grad():
+            assert model(**prompt(processor)).logits.isfinite().all()
+
+
+def test_loads_in_one_call_in_a_process_of_its_own(specialists, merge, recipe):
+    """`from esmerge import load_model`, from an adapter that names its base."""
+    folder = merge(recipe | {"base": str(specialists / "base"), "coefficients": "uniform"})
+    program = (
+        "import sys; from esmerge import load_model; model, processor = load_model(sys.argv[1]); "
+        "print(model.generate(**processor(text='<mol>', molecule=['CCO']), max_new_tokens=2).shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "5", done.stderr

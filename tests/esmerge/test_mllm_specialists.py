@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EsmConfig, EsmMode
 
 from esmerge.errors import InputError
 from esmerge.mllm.loading import load_model
+from esmerge.modalities.esm import ALPHABET
 from esmerge.plan import make_plan
 from esmerge.recipe import parse_recipe
 from esmerge.specialists import FullSpecialist, LoraSpecialist, open_specialist
@@ -695,6 +696,44 @@ class TestMerge:
             expected = normalize(states, dim=-1)[0]
             found = model.get_protein_features(**features)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+    def test_logits_are_those_of_the_specialists_own_model(self, built, llama, merge):
+        """Merged with weight 1 alone it is the specialist, on proteins that are cut off too."""
+        content = recipe({"protein": built / "prot2text", "cell": built / "cell"}, method="task_arithmetic")
+        folder = merge(content | {"coefficients": {"protein": 1.0, "cell": 0.0}})
+        model, processor = load_model(folder, dtype=torch.float32)
+        placeholder = PLACEHOLDERS["protein"]
+
+        tensors = load_file(built / "prot2text/model.safetensors")
+        esm = EsmModel(ESM, add_pooling_layer=False).eval()
+        inner = {key.removeprefix("esm_encoder."): t for key, t in tensors.items() if key.startswith("esm_encoder.")}
+        unknown = esm.load_state_dict(inner, strict=False).unexpected_keys
+        assert all("inv_freq" in name or "position_embeddings" in name for name in unknown)
+        decoder = load(built / "prot2text-llm")
+
+        def soft_tokens(sequence):
+            ids = [0, *(ALPHABET.index(letter) for letter in sequence[:1022]), 2]
+            states = esm(torch.tensor([ids])).last_hidden_state[0]
+            for layer in ("fc1", "fc2"):
+                states = gelu(linear(states, tensors[f"adapter.{layer}.weight"], tensors[f"adapter.{layer}.bias"]))
+            return normalize(states, dim=-1)
+
+        proteins = ["MKTAYIAKQR", "ACDEFGHIKLMNPQRSTVWY" * 60, "GSHM"]
+        text = f"First {placeholder} then {placeholder} last {placeholder}: what for?"
+        inputs = processor(text=text, protein=proteins)
+        counts = [len(protein) + 2 if len(protein) < 1022 else 1024 for protein in proteins]
+        assert (inputs["input_ids"] == processor.placeholder_ids["protein"]).sum() == sum(counts) == 12 + 1024 + 6
+        parts = text.split(placeholder)
+        embeds = []
+        with torch.no_grad():
+            for index, part in enumerate(parts):
+                ids = processor.tokenizer(part, add_special_tokens=False)["input_ids"]
+                embeds.append(decoder.get_input_embeddings()(torch.tensor(ids)))
+                if index < len(proteins):
+                    embeds.append(soft_tokens(proteins[index]))
+            expected = decoder(inputs_embeds=torch.cat(embeds)[None]).logits
+            found = model(**inputs).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     def test_own_tokens_are_kept(self, built, llama, merge, caplog):
         with caplog.at_level(logging.WARNING):
