@@ -20,7 +20,7 @@ from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
 from esmerge.methods import METHODS
-from esmerge.plan import Plan, make_plan, with_recipe
+from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.remote_code import code_files
 from esmerge.scores import Scratch
@@ -104,6 +104,7 @@ def compare(
             raise InputError(
                 f"variant {name}: {other[0]} cannot vary in one comparison, only method and coefficients can."
             )
+    recipe = pin_recipe(recipe)
     recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
     first = make_plan(next(iter(recipes.values())), trust_remote_code)
     plans = {name: with_recipe(first, variant) for name, variant in recipes.items()}

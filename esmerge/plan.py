@@ -6,15 +6,17 @@ with the base's.
 
 import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.configs import difference, kind_of, quantisation
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
+from esmerge.hub import NotHereError, PartialCopies, split_reference
 from esmerge.methods import METHODS
 from esmerge.modalities import Modality, TextModality
 from esmerge.modalities.modality import MissingPackageError, check_name, with_encoder
@@ -24,7 +26,7 @@ from esmerge.probe import check_items, check_modalities, check_template, numbere
 from esmerge.recipe import FixedRecipe, Recipe, SignalsRecipe
 from esmerge.remote_code import check_remote_code, needs_remote_code
 from esmerge.scores import row_blocks
-from esmerge.sources import Source, resolve
+from esmerge.sources import Source, is_on_hub, pinned, pinned_file, resolve, resolve_file
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, SpecialistEncoder, open_specialist
 from esmerge.specialists.full import DOUBLED_EMBEDDINGS, INPUT_EMBEDDINGS, doubled_embeddings
 from esmerge.targets import Target, join_targets, match_targets
@@ -88,8 +90,8 @@ class Plan:
         return [f"{module}.lora_b.weight", f"{module}.lora_a.weight"]
 
     def path(self, reference: str) -> Path:
-        """A path that the recipe gives, relative to the recipe's folder."""
-        return self.recipe.folder / Path(reference).expanduser()
+        """The path of a file that the recipe names, relative to its folder or on the Hub."""
+        return resolve_file(reference, self.recipe.folder, "the recipe")
 
     def deltas(self, target: Target) -> list[Delta | None]:
         """What each specialist adds to a tensor; None for nothing."""
@@ -124,21 +126,86 @@ def _plain(specialist: LoraSpecialist, name: str) -> bool:
 def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
     """Open and check everything that a recipe names.
 
+    What is on the Hub is pinned first, then checked by its headers and configs, and downloaded only if all fits.
+
     Args:
         trust_remote_code: whether the base's own code may run.
 
     Raises:
         InputError: if an input is missing, or the inputs do not fit each other.
     """
-    base = resolve(recipe.base, recipe.folder, "base", trust_remote_code)
+    recipe = pin_recipe(recipe)
+    with PartialCopies() as copies:
+        for field, reference in _models(recipe):
+            if is_on_hub(reference, recipe.folder):
+                copies.add(*split_reference(reference), field, trust_remote_code and field == "base")
+        if copies.folders:
+            _check_copies(recipe, trust_remote_code, copies)
+    return _open_all(recipe, trust_remote_code, None)
+
+
+def _check_copies(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies) -> None:
+    """Find out what does not fit before any weights are downloaded, as far as some rows of them can tell."""
+    log = logging.getLogger("esmerge")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # the second look says it all
+    try:
+        _open_all(recipe, trust_remote_code, copies)
+    except InputError as error:
+        raise InputError(copies.named(str(error))) from error
+    except NotHereError:
+        pass
+    finally:
+        log.setLevel(level)
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """All models that a recipe names, with their fields."""
+    yield "base", recipe.base
+    for name, entry in recipe.specialists.items():
+        yield f"specialists.{name}.model", entry.model
+        if entry.encoder is not None:
+            yield f"specialists.{name}.encoder", entry.encoder
+
+
+def pin_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with commits as the revisions of all that it names on the Hub.
+
+    Raises:
+        InputError: if there is no such thing there, or no access to it.
+    """
+    models = {field: pinned(reference, recipe.folder, field) for field, reference in _models(recipe)}
+    fields: dict[str, Any] = {"base": models["base"]}
+    fields["specialists"] = {}
+    for name, entry in recipe.specialists.items():
+        where = f"specialists.{name}"
+        found = {field: models[f"{where}.{field}"] for field in ("model", "encoder") if f"{where}.{field}" in models}
+        if entry.features is not None:
+            found["features"] = pinned_file(entry.features, f"{where}.features")
+        fields["specialists"][name] = entry.model_copy(update=found)
+    if (probe := recipe.probe) is not None:
+        files: dict[str, Any] = {}
+        if probe.data is not None:
+            files["data"] = {name: pinned_file(file, f"probe.data.{name}") for name, file in probe.data.items()}
+        for field in ("tensors", "chat_template"):
+            if (reference := getattr(probe, field)) is not None:
+                files[field] = pinned_file(reference, f"probe.{field}")
+        fields["probe"] = probe.model_copy(update=files)
+    return recipe.model_copy(update=fields)
+
+
+def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | None) -> Plan:
+    find = partial(resolve, relative_to=recipe.folder, copies=copies)
+    base = find(recipe.base, field="base", with_code=trust_remote_code)
     check_remote_code(base.config(), trust_remote_code, f"the base {recipe.base}")
     checkpoint = Checkpoint.open(base.folder)
     if (method := quantisation(base.config(), checkpoint)) is not None:
         raise InputError(f"the base {recipe.base} is quantised ({method}); use it in bfloat16, float16 or float32.")
     sources, specialists = [], []
     for name, entry in recipe.specialists.items():
-        sources.append(resolve(entry.model, recipe.folder, f"specialists.{name}.model"))
-        specialists.append(_open(recipe, name, sources[-1].folder))
+        sources.append(find(entry.model, field=f"specialists.{name}.model"))
+        encoder = find(entry.encoder, field=f"specialists.{name}.encoder").folder if entry.encoder else None
+        specialists.append(_open(recipe, name, sources[-1].folder, encoder))
         check_remote_code(specialists[-1].config, trust_remote_code, f"the specialist {name}")
     _check_origin(base, specialists)
     stored = canonical_names(
@@ -178,13 +245,12 @@ def with_recipe(plan: Plan, recipe: Recipe) -> Plan:
     return plan
 
 
-def _open(recipe: Recipe, name: str, folder: Path) -> Specialist:
-    entry = recipe.specialists[name]
-    encoder = entry.encoder and resolve(entry.encoder, recipe.folder, f"specialists.{name}.encoder").folder
-    features = recipe.folder / Path(entry.features).expanduser() if entry.features else None
+def _open(recipe: Recipe, name: str, folder: Path, encoder: Path | None) -> Specialist:
+    given = recipe.specialists[name].features
+    features = resolve_file(given, recipe.folder, f"specialists.{name}.features") if given else None
     if features is not None and not features.is_file():
         raise InputError(f"specialists.{name}.features: the file {features} does not exist.")
-    specialist = open_specialist(name, folder, encoder or None, features)
+    specialist = open_specialist(name, folder, encoder, features)
     for what, count in specialist.left_out.items():
         logger.info("%s: %d tensors are left out: %s", name, count, what)
     return specialist

@@ -332,16 +332,19 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        file: YAML.
+        file: YAML; or the esmerge.yaml of a result, whose recipe has the commits of all that is from the Hub, and
+            relative paths that start from the current folder.
         overrides: `field=value` with dots for nested fields, values in YAML, e.g. `coefficients.tau=0.2`.
 
     Raises:
         InputError: one sentence that names the field and what was expected.
     """
-    content = read_mapping(file, "recipe", list(Recipe.model_fields))
+    content, folder = read_mapping(file, "recipe", list(Recipe.model_fields)), file.parent
+    if {"recipe", "inputs"} <= content.keys() and isinstance(content["recipe"], dict):
+        content, folder = content["recipe"], Path()
     for override in overrides:
         _override(content, override)
-    return parse_recipe(content, file.parent, str(file))
+    return parse_recipe(content, folder, str(file))
 
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:

@@ -7,8 +7,9 @@ from typing import Any
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
+from esmerge.hub import HubFile, PartialCopies, fetch_file, fetch_model, is_commit, pin, split_reference
 
-# What a merge can need; pickles are never fetched.
+# What a merge reads of a folder.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -44,39 +45,78 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def resolve(reference: str, relative_to: Path, field: str, with_code: bool = False) -> Source:
+def resolve(
+    reference: str,
+    relative_to: Path,
+    field: str,
+    with_code: bool = False,
+    copies: PartialCopies | None = None,
+) -> Source:
     """Find a folder, or download a Hub repository (`user/repo` or `user/repo@revision`) and pin its commit.
 
     Args:
         relative_to: the folder that relative paths start from.
         field: the recipe's field, for messages.
         with_code: whether the user trusts the code in a Hub repository, so that it is downloaded too.
+        copies: where weights that are not here yet are opened without downloading them.
+
+    Raises:
+        InputError: if there is no such folder or repository, or it cannot be had.
     """
-    folder = relative_to / Path(reference).expanduser()
-    if folder.is_dir():
+    folder = _local(reference, relative_to, field)
+    if folder is not None:
         return Source(reference, folder)
+    repo_id, revision = split_reference(reference)
+    if copies is not None and (repo_id, revision) in copies.folders:
+        return Source(repo_id, copies.folders[repo_id, revision], revision)
+    snapshot = fetch_model(repo_id, revision, field, with_code)
+    return Source(repo_id, snapshot, commit=snapshot.name)
+
+
+def _local(reference: str, relative_to: Path, field: str) -> Path | None:
+    """The folder that a reference names; None if it names a Hub repository."""
+    folder = relative_to / Path(reference).expanduser()
+    if reference.startswith("hf://"):
+        return None
+    if folder.is_dir():
+        return folder
     if folder.is_file():
         raise InputError(f"{field}: {folder} is a file; give the folder that holds the checkpoint.")
-    repository, _, revision = reference.partition("@")
-    if reference.startswith((".", "/", "~")) or repository.count("/") > 1:
+    if reference.startswith((".", "/", "~")) or split_reference(reference)[0].count("/") > 1:
         raise InputError(f"{field}: the folder {folder} does not exist.")
-    return _download(repository, revision or None, field, [*PATTERNS, "*.py"] if with_code else PATTERNS)
+    return None
 
 
-def _download(repository: str, revision: str | None, field: str, patterns: list[str]) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def is_on_hub(reference: str, relative_to: Path) -> bool:
+    """Whether a reference names a Hub repository, as there is no such folder."""
+    return reference.startswith("hf://") or not (relative_to / Path(reference).expanduser()).is_dir()
 
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise InputError(f"{field}: {repository} is neither a folder nor a valid Hub id.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{field}: {repository} is no folder here and could not be had from the Hub: {reason}"
-        ) from error
-    return Source(repository, folder, commit=folder.name)
+
+def pinned(reference: str, relative_to: Path, field: str) -> str:
+    """A reference to a Hub repository with its commit as the revision; one to a folder as it is."""
+    if _local(reference, relative_to, field) is not None:
+        return reference
+    repo_id, revision = split_reference(reference)
+    return f"{repo_id}@{pin(repo_id, revision, field)}"
+
+
+def pinned_file(reference: str, field: str) -> str:
+    """A reference to a file on the Hub with its commit as the revision; one to a local file as it is."""
+    if not reference.startswith("hf://"):
+        return reference
+    file = HubFile.parse(reference, field)
+    return reference if is_commit(file.revision) else file.at(fetch_file(file, field)[1])
+
+
+def resolve_file(reference: str, relative_to: Path, field: str) -> Path:
+    """The path of a file, which need not exist, or of a downloaded one (`hf://datasets/user/repo@revision/file.txt`).
+
+    Raises:
+        InputError: if it cannot be had from the Hub.
+    """
+    if reference.startswith("hf://"):
+        return fetch_file(HubFile.parse(reference, field), field)[0]
+    return relative_to / Path(reference).expanduser()
 
 
 def content_hash(path: Path, weights: Checkpoint | None = None) -> str:

@@ -182,11 +182,14 @@ class AdapterOutput(Output):
 
     def finish(self) -> dict[str, int]:
         self.writer.finish()
+        base = self.plan.base
+        # A commit is one of this very repository; others may know the base by another name.
+        named = None if base.commit else agreed(self.plan.specialists, "base_model_name_or_path")
         config = results.adapter_config(
             self._ranks,
             list(self.plan.checkpoint),
-            agreed(self.plan.specialists, "base_model_name_or_path") or self.plan.base.reference,
-            self.plan.base.commit,
+            named or base.reference,
+            base.commit,
             agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
         )
         results.write_json(self.folder / "adapter_config.json", config)

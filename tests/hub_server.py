@@ -109,8 +109,12 @@ class Hub:
             repository = Repository(kind, repo_id, self.store, private)
             return self.repositories.setdefault((kind, repo_id), repository)
 
-    def add(self, source, repo_id, kind="models", private=False, gated=False, revision="main", message="Upload"):
-        """Put a folder, or a mapping of paths to bytes, into a repository without HTTP; returns the commit's hash."""
+    def add(self, source, repo_id, kind="models", private=False, gated=False, revision="main", leave_out=()):
+        """Put a folder, or a mapping of paths to bytes, into a repository without HTTP; returns the commit's hash.
+
+        Args:
+            leave_out: names of files; the README.md that PEFT writes names a local base, which the Hub refuses.
+        """
         repository = self.repositories.get((kind, repo_id)) or self.create(repo_id, kind, private)
         repository.gated = gated
         if not isinstance(source, dict):
@@ -119,13 +123,15 @@ class Hub:
             }
         operations = []
         for path, content in source.items():
+            if path in leave_out:
+                continue
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             if size and repository.is_large(revision, path, size, b""):
                 blob = Blob(size, sha256=self.store.add(content))
             else:
                 blob = Blob(size, content.read_bytes() if isinstance(content, Path) else content)
             operations.append(("add", path, blob))
-        return repository.change(revision, operations, message, "", repository.owner)[0].id
+        return repository.change(revision, operations, "Upload", "", repository.owner)[0].id
 
     def fail(self, **settings):
         """Let something go wrong: the settings of a `Fault`."""

@@ -16,7 +16,7 @@ from esmerge.modalities import Encoder
 from esmerge.modalities.modality import with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, load_encoder, modality_settings
 from esmerge.remote_code import check_remote_code
-from esmerge.sources import read_json, resolve
+from esmerge.sources import is_on_hub, read_json, resolve
 
 
 def load_model(
@@ -55,6 +55,8 @@ def load_model(
 def base_of(folder: Path, base: str | Path | None = None) -> str | None:
     """The base of the adapter in a folder, `base` if it is given; None if the folder holds a whole model.
 
+    One on the Hub has the revision that the adapter names.
+
     Raises:
         InputError: if it holds neither, or an adapter whose base is not known.
     """
@@ -62,7 +64,10 @@ def base_of(folder: Path, base: str | Path | None = None) -> str | None:
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} has neither adapter_config.json nor config.json: it holds no model.")
         return None
-    named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    config = read_json(folder / "adapter_config.json")
+    named = base or config.get("base_model_name_or_path")
+    if not base and named and config.get("revision") and is_on_hub(str(named), Path()):
+        return f"{named}@{config['revision']}"
     if not named:
         raise InputError(f"{folder / 'adapter_config.json'} does not name its base_model_name_or_path: give the base.")
     return str(named)
