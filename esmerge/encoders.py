@@ -88,7 +88,8 @@ def write_mllm_files(plan: Plan, folder: Path) -> None:
     from esmerge.mllm.loading import mllm_config
 
     modalities = {name: encoder.modality for name, encoder in encoders_of(plan).items()}
-    processor = MllmProcessor(AutoTokenizer.from_pretrained(folder), modalities)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code)
+    processor = MllmProcessor(tokenizer, modalities)
     processor.save_pretrained(folder)
     config = mllm_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), processor).to_dict()
     write_json(folder / "config.json", {**config, "architectures": [MllmForConditionalGeneration.__name__]})

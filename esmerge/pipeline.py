@@ -281,8 +281,8 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     for name, encoder in encoders_of(plan).items():
         specialists[name]["encoder"] = encoder_hash(encoder)
     inputs: dict[str, Any] = {"base": pinned(plan.base, plan.checkpoint), "specialists": specialists}
-    if plan.trust_remote_code and plan.base.config().get("auto_map"):
-        inputs["base"]["code"] = {file.name: content_hash(file) for file in code_files(plan.base.folder)}
+    if plan.trust_remote_code and (code := code_files(plan.base.folder)):
+        inputs["base"]["code"] = {file.name: content_hash(file) for file in code}
     for reference in _probe_files(plan):
         inputs.setdefault("probe", {})[reference] = content_hash(plan.path(reference))
     return inputs

@@ -16,6 +16,7 @@ from esmerge.names import inner_name, natural_order
 from esmerge.plan import Plan
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
+from esmerge.remote_code import FLAG
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
@@ -87,6 +88,11 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
     try:
         tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=plan.trust_remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer of {plan.base.reference} needs code of its own: read its *.py files, and if you trust "
+                f"them, add {FLAG}."
+            ) from error
         raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
     encoders = encoders_of(plan)
     modalities = {name: encoder.modality for name, encoder in encoders.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esmerge.errors import InputError
+from esmerge.sources import read_json
 
 FLAG = "--trust-remote-code"
 
@@ -32,5 +33,7 @@ def check_remote_code(config: Mapping[str, Any], trusted: bool, what: str) -> No
 
 
 def code_files(folder: Path) -> list[Path]:
-    """The files with a checkpoint's code."""
-    return sorted(folder.glob("*.py"))
+    """The files with a checkpoint's code, if its model or its tokenizer names some."""
+    configs = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    named = any(read_json(file).get("auto_map") for file in configs if file.exists())
+    return sorted(folder.glob("*.py")) if named else []

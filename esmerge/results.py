@@ -94,9 +94,15 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, as far as there are any."""
+def copy_tokenizer(base: Path, folder: Path, with_code: bool = False) -> None:
+    """Copy the tokenizer's files, as far as there are any.
+
+    Args:
+        with_code: whether the user trusts the code that comes with the base.
+    """
     _copy(base, folder, _TOKENIZER_FILES)
+    if with_code:
+        _copy(base, folder, [file.name for file in code_files(base)])
 
 
 def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any], with_code: bool = False) -> None:
@@ -105,10 +111,9 @@ def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any], with_
     Args:
         with_code: whether the user trusts the base's own code; otherwise the result neither has nor names it.
     """
-    _copy(base, folder, (*_TOKENIZER_FILES, *_CONFIG_FILES))
+    copy_tokenizer(base, folder, with_code)
+    _copy(base, folder, _CONFIG_FILES)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if with_code and config.get("auto_map"):
-        _copy(base, folder, [file.name for file in code_files(base)])
     if changes or (config.get("auto_map") and not with_code):
         if "dtype" in changes:
             config.pop("torch_dtype", None)

@@ -193,7 +193,7 @@ class AdapterOutput(Output):
             agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
         )
         results.write_json(self.folder / "adapter_config.json", config)
-        results.copy_tokenizer(self.plan.base.folder, self.folder)
+        results.copy_tokenizer(self.plan.base.folder, self.folder, self.plan.trust_remote_code)
         write_tokenizer(self.folder, self.plan.vocabulary)
         encoders = write_modalities(self.plan, self.folder)
         return {"merged": len(self.targets), "copied": 0, "own rows": 0, "encoders": encoders}

@@ -46,7 +46,7 @@ def load_model(
     check_remote_code(config, trust_remote_code, f"the model {model}")
     if config.get("model_type") == MllmConfig.model_type:
         loaded = MllmForConditionalGeneration.from_pretrained(folder, **options)
-        return loaded.eval(), MllmProcessor.from_pretrained(folder)
+        return loaded.eval(), MllmProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     llm = AutoModelForCausalLM.from_pretrained(folder, **options)
     processor = load_processor(folder, trust_remote_code=trust_remote_code)
     return assemble(llm, processor, _load_encoders(folder, processor, llm)).eval(), processor

@@ -223,7 +223,9 @@ class MllmProcessor(ProcessorMixin):
             chosen = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             patterns = [f"{MODALITIES_FOLDER}/*", "*.json", "*.jinja", "*.model", "*.txt"]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **chosen))
-        return cls(AutoTokenizer.from_pretrained(folder), open_modalities(folder))
+        # Without an answer, transformers would ask the user.
+        trusted = bool(kwargs.get("trust_remote_code", False))
+        return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted), open_modalities(folder))
 
 
 def open_modalities(folder: Path) -> dict[str, Modality]:

@@ -149,3 +149,25 @@ def test_code_that_is_not_needed_is_left_behind(world, tmp_path):
     assert not done.returncode, done.stderr
     assert not world.mark.exists() and not list((tmp_path / "merged").glob("*.py"))
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("encoders", [False, True])
+def test_tokenizer_with_code_of_its_own(world, llama, multimodal, tmp_path, encoders):
+    shutil.copy(llama / "base/config.json", world.inputs / "base")
+    settings = json.loads((world.inputs / "base/tokenizer_config.json").read_text())
+    own = "tokenization_own.OwnTokenizer"
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, own]}}
+    (world.inputs / "base/tokenizer_config.json").write_text(json.dumps(settings))
+    code = "from transformers import PreTrainedTokenizerFast\nimport os\nfrom pathlib import Path\n"
+    code += "Path(os.environ['MARK']).write_text('')\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    (world.inputs / "base/tokenization_own.py").write_text(code)
+    if encoders:
+        shutil.copytree(multimodal / "protein/modalities", world.inputs / "protein/modalities")
+        world.content["output"] = {"format": "full"}
+    done = world.esmerge("merge", tmp_path / "merged")
+    assert done.returncode == 2, done.stderr
+    assert "the tokenizer of base needs code of its own" in done.stderr and "--trust-remote-code" in done.stderr
+    assert not world.mark.exists() and not (tmp_path / "merged").exists()
+    done = world.esmerge("merge", tmp_path / "merged", "--trust-remote-code")
+    assert not done.returncode, done.stderr
+    assert world.mark.exists()
