@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,11 +58,12 @@ def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path
     """
     check_output(output)
     staged = output.parent / f".{output.name}.partial"
+    made = [folder for folder in (staged, *staged.parents) if not folder.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staged.mkdir(exist_ok=True)
+        staged.mkdir(parents=True, exist_ok=True)
         lock = (staged / ".lock").open("w")
     except OSError as error:
+        _remove_empty(made)
         raise InputError(f"the output {output} cannot be written ({error.strerror}).") from error
     with lock:
         try:
@@ -85,7 +86,15 @@ def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path
             staged.rename(output)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
+            _remove_empty(made)
             raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, as far as there is nothing in them."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _empty(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Vocabularies of specialists that have tokens of their own, and the one of the result."""
 
+import filecmp
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -44,14 +45,16 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
     Raises:
         InputError: if one id stands for two tokens, one token has two ids, or no tokenizer could hold them all.
     """
-    known = tokens_of(base)
+    # Tokenizers are large files, and most specialists have the base's.
+    others = [(index, name, folder) for index, (name, folder, _) in enumerate(specialists) if _differs(base, folder)]
+    known = tokens_of(base) if others else {}
     ids = {token: token_id for token_id, token in known.items()}
-    entries = _added_tokens(base)
     source = dict.fromkeys(known, "the base")
     owners: dict[int, list[int]] = {}
     added: dict[int, dict[str, Any]] = {}
     size = max([rows, *(count for _, _, count in specialists)])
-    for index, (name, folder, _) in enumerate(specialists):
+    for index, name, folder in others:
+        entries = _added_tokens(folder)
         for token_id, token in tokens_of(folder).items():
             if token_id in source and known[token_id] != token:
                 raise InputError(
@@ -69,15 +72,22 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
                 )
             elif (known and token_id not in source) or token_id in added:
                 owners.setdefault(token_id, []).append(index)
-                added[token_id] = _added_tokens(folder).get(token_id, {"id": token_id, "content": token})
+                added[token_id] = entries.get(token_id, {"id": token_id, "content": token})
                 known[token_id], ids[token], source[token_id] = token, token_id, source.get(token_id, name)
     for row in range(rows, size):
         # Where nobody has a token, rows pad a vocabulary; they do not count beside those of tokens.
         owners.setdefault(row, [index for index, (_, _, count) in enumerate(specialists) if row < count])
-    wanted = [added[token_id] for token_id in sorted(added) if token_id not in entries]
-    if wanted:
+    if added:
         _check_tokenizer(base, known, source)
-    return Vocabulary(size, {row: owned for row, owned in owners.items() if row < size}, wanted)
+    return Vocabulary(
+        size, {row: owned for row, owned in owners.items() if row < size}, [added[i] for i in sorted(added)]
+    )
+
+
+def _differs(base: Path, folder: Path) -> bool:
+    """Whether a specialist may have other tokens than the base."""
+    files = [place / TOKENIZER_FILE for place in (base, folder)]
+    return not all(file.exists() for file in files) or not filecmp.cmp(*files, shallow=False)
 
 
 def _check_tokenizer(base: Path, known: Mapping[int, str], source: Mapping[int, str]) -> None:

@@ -38,7 +38,9 @@ def scaled_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = F
 
 @merging_method(combine=average)
 def linear(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = True) -> Tensor:
-    """Weighted average (Wortsman et al. 2022, "Model soups", arXiv 2203.05482).
+    """Weighted average (Wortsman et al. 2022, "Model soups", arXiv 2203.05482, section 2, with weights).
+
+    sum_i w_i delta_i / sum_i w_i.
 
     Args:
         normalize: divide by the sum of the weights.

@@ -16,7 +16,8 @@ _PARALLEL = 0.9995
 def slerp(deltas: Sequence[Tensor], weights: Tensor, *, base: Tensor, t: Finite | None = None) -> Tensor:
     """Spherical interpolation between two specialists' weights (Shoemake 1985, "Animating rotation").
 
-    Along the great circle between the directions of W_1 and W_2; a straight line where they are nearly parallel.
+    (sin((1 - t) omega) W_1 + sin(t omega) W_2) / sin(omega) with omega the angle between W_1 and W_2; a straight line
+    where they are nearly parallel.
 
     Args:
         base: the base's tensor.
@@ -37,10 +38,11 @@ def slerp(deltas: Sequence[Tensor], weights: Tensor, *, base: Tensor, t: Finite 
 def karcher(
     deltas: Sequence[Tensor], weights: Tensor, *, base: Tensor, iterations: Count = 10, tolerance: Positive = 1e-5
 ) -> Tensor:
-    """Karcher (Riemannian) mean of the specialists' weights on the sphere (arXiv 2603.04972).
+    """Karcher (Riemannian) mean of the specialists' weights on the sphere (Wang et al. 2026, arXiv 2603.04972).
 
-    Directions are averaged by repeated steps along the mean of the tangent vectors that point to them; the length is
-    the weighted mean of the lengths.
+    Directions u_i are averaged by repeated steps m <- exp_m(sum_i a_i log_m(u_i)), along the mean of the tangent
+    vectors that point to them, to the minimum of sum_i a_i angle(m, u_i)^2; the length is the weighted mean of the
+    lengths.
 
     Args:
         base: the base's tensor.

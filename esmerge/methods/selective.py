@@ -14,7 +14,8 @@ def sce(deltas: Sequence[Tensor], weights: Tensor, *, select_topk: Fraction = 1.
     """Select, calculate, erase (Wan et al. 2024, "FuseChat", arXiv 2408.07990, section 3.3).
 
     Keep the elements whose deltas vary most between specialists; weigh each specialist by the mean square of its
-    kept delta (and by the weight given); drop what disagrees with the sign of the sum.
+    kept delta, eta_i = |delta_i|^2 / sum_j |delta_j|^2 (and by the weight given); drop what disagrees with the sign of
+    the sum.
 
     Args:
         select_topk: share of elements kept, of those that vary at all.
@@ -39,9 +40,9 @@ def sce(deltas: Sequence[Tensor], weights: Tensor, *, select_topk: Fraction = 1.
 def pcb(deltas: Sequence[Tensor], weights: Tensor, *, density: Fraction = 0.1, lambda_: Finite = 1.0) -> Tensor:
     """Parameter competition balancing (Du et al. 2024, arXiv 2410.02396, section 3), per tensor.
 
-    As in the authors' code: an element's score is exp(S m^2) tanh(delta_i sum_j delta_j), with m the magnitude scaled
-    to [0, 1]; only the share `density` of highest scores counts, and the scores, scaled to [0, 1], are the
-    coefficients. The outermost 0.01 % of magnitudes are clipped.
+    As in the authors' code: an element's score is exp(S m^2) tanh(delta_i sum_j delta_j), balance within a task times
+    balance between tasks, with m the magnitude scaled to [0, 1]; only the share `density` of highest scores counts, and
+    the scores, scaled to [0, 1], are the coefficients. The outermost 0.01 % of magnitudes are clipped.
 
     Args:
         density: share of elements that keep a coefficient.

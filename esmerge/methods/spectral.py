@@ -18,7 +18,8 @@ def tsv(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: Finite = 1.0) -> 
     """Task singular vectors (Gargiulo et al. 2025, arXiv 2412.00081, algorithm 1).
 
     Of each of the S deltas the first 1/S of its singular triplets is kept; the concatenated left and right vectors are
-    each replaced by the nearest orthonormal ones, so that the tasks do not interfere.
+    each replaced by the nearest orthonormal ones, X -> P Q^T of the decomposition X = P D Q^T, so that the tasks do not
+    interfere.
 
     Args:
         lambda_: scale of the result.
@@ -43,7 +44,7 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 def iso_c(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: Finite = 1.0) -> Tensor:
     """Isotropic merging in common subspace (Marczak et al. 2025, arXiv 2502.04959, algorithm 1).
 
-    The weighted sum of the deltas, with all singular values replaced by their mean.
+    U diag(s) V^T, the weighted sum of the deltas, becomes mean(s) U V^T.
 
     Args:
         lambda_: scale of the result.

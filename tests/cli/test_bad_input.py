@@ -1125,6 +1125,16 @@ def test_output_below_a_file(inputs, esmerge, tmp_path):
     assert "cannot be written" in err
 
 
+def test_folders_made_for_an_output_that_failed(inputs, esmerge, tmp_path):
+    inputs.change_tensors("cell/adapter_model.safetensors", poison(POISONED_FACTOR))
+    inputs.recipe["coefficients"] = "uniform"
+    (tmp_path / "there").mkdir()
+    code, _, _ = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "there" / "new" / "newer" / "merged")
+    assert code == 2
+    assert (tmp_path / "there").is_dir()
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_inspect_of_a_folder_that_is_no_result(esmerge, tmp_path):
     code, out, err = esmerge("inspect", tmp_path)
     assert (code, out) == (2, "")

@@ -51,9 +51,18 @@ FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 6}], ids=["full", "adapter"])
-def test_each_folder_is_a_plain_merge(esmerge, recipe_file, tmp_path, wide, output):
-    file = recipe_file(output=output)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": {"format": "full"}},
+        {"output": {"rank": 6}},
+        {"space": "factors", "output": {"format": "full"}},
+        {"space": "factors"},
+    ],
+    ids=["full", "adapter", "full from factors", "factors"],
+)
+def test_each_folder_is_a_plain_merge(esmerge, recipe_file, tmp_path, wide, changes):
+    file = recipe_file(**changes)
     chosen = [f"--method={method}" for method in METHODS] + [f"--coefficients={source}" for source in SOURCES]
     code, out, err = esmerge("compare", file, "-o", tmp_path / "compared", "--quiet", *chosen)
     assert (code, err) == (0, "")

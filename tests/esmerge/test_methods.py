@@ -189,6 +189,26 @@ class TestPeft:
         torch.set_rng_state(state)
         self.assert_same(model, weights, ours)
 
+    @pytest.mark.parametrize("kind", ["ties", "magnitude_prune"])
+    def test_svd_of_sparse_deltas(self, model, merge, kind):
+        """PEFT's other way: methods on dense deltas, then a truncation."""
+        weights = [0.7, 0.7, 0.7]
+        model.add_weighted_adapter(
+            NAMES, weights, "svd", combination_type=f"{kind}_svd", svd_rank=16, density=self.DENSITY
+        )
+        method = {"name": kind, "density": self.DENSITY} | ({"lambda": 0.7} if kind == "ties" else {})
+        content = {
+            "base": "base",
+            "specialists": {name: name for name in NAMES},
+            "coefficients": dict(zip(NAMES, weights, strict=True)),
+            "method": method,
+            "output": {"rank": 16},
+        }
+        model.load_adapter(merge(content), adapter_name="ours")
+        for name, module in self.modules(model).items():
+            theirs, ours = (module.get_delta_weight(adapter).detach() for adapter in ("svd", "ours"))
+            assert float((theirs - ours).norm()) <= 1e-3 * float(theirs.norm()), name
+
     @pytest.mark.parametrize("rank", [12, 5], ids=["full rank", "truncated"])
     def test_svd_is_no_closer_to_the_exact_sum(self, llama, model, merge, rank):
         weights = [0.5, 0.3, 0.9]

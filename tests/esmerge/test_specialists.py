@@ -89,7 +89,18 @@ def alone(merge, tmp_path):
     return run
 
 
+PATTERNS = {
+    "rank_pattern": {r"layers\.1\.self_attn\.(q|k)_proj": 7, "up_proj": 2, "^model.layers.0.mlp.down_proj": 3},
+    "alpha_pattern": {"self_attn.q_proj": 11, "layers.2.mlp.up_proj": 1},
+}
 ADAPTERS = {
+    "patterns of ranks and alphas": ("llama", {"target_modules": ALL_LINEAR, **PATTERNS}),
+    "patterns, rank-stabilised": ("llama", {"target_modules": ALL_LINEAR, **PATTERNS, "use_rslora": True}),
+    "some layers": ("llama", {"target_modules": ALL_LINEAR, "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    "without some modules": ("llama", {"target_modules": "all-linear", "exclude_modules": ["layers.1.mlp.up_proj"]}),
+    "orthogonal start": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
+    "random start": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}),
+    "embeddings by LoRA, rank-stabilised": ("llama", {"target_modules": ["embed_tokens"], "use_rslora": True}),
     "dora": ("llama", {"use_dora": True, "target_modules": ALL_LINEAR}),
     "dora, rank-stabilised": ("llama", {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]}),
     "head saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
@@ -126,6 +137,26 @@ class TestAdapters:
         expected = logits(PeftModel.from_pretrained(load(base), adapter).merge_and_unload())
         assert float((expected - logits(load(base))).abs().max()) > 0.01
         assert_logits(alone(base, adapter, other), expected)
+
+    def test_converted_from_a_start_that_moved_the_base(self, bases, alone, tmp_path):
+        """PEFT saves PiSSA as an adapter of the unmoved base if it is asked to; as it stands it is refused."""
+        base = bases["llama"]
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+        model = get_peft_model(load(base), config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "start")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        expected = logits(model)
+        other = train(base, tmp_path / "other", seed=2, target_modules=["q_proj"])
+        model.save_pretrained(tmp_path / "pissa")
+        with pytest.raises(InputError, match=r"init_lora_weights is 'pissa'; PiSSA changes the base's weights"):
+            alone(base, tmp_path / "pissa", other)
+        model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        assert_logits(alone(base, tmp_path / "lora", other), expected)
 
     @pytest.mark.parametrize(
         ("settings", "untied"),
