@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from esmerge.attach import Observer, attached, is_linear
 from esmerge.backbone import Backbone, LayerArguments, run_layer
-from esmerge.deltas import Delta, LoraDelta
+from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
 from esmerge.probe import Probe
@@ -345,6 +345,15 @@ def _blame(
                 "download or save the base again."
             )
     bad = (~responses.isfinite()).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten().tolist()[0]
+    deltas = specialists[bad - 1].layer_deltas(number).values() if bad else ()
+    for delta in deltas:
+        stored = delta.first if isinstance(delta, SumDelta) else delta
+        if (
+            isinstance(stored, ValueDelta)
+            and not stored.values(0, stored.shape[0] if stored.shape else 1).isfinite().all()
+        ):
+            file = stored.checkpoint.info(stored.name).file
+            return f"{file}: tensor {stored.name} has NaN or infinite values; download or save it again."
     model = "the base" if bad == 0 else f"specialist {specialists[bad - 1].name}"
     return (
         f"the embeddings of {model} overflow at layer {number} in {str(backbone.dtype).removeprefix('torch.')}; "

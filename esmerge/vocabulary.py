@@ -86,8 +86,10 @@ def join_vocabularies(base: Path, rows: int, specialists: Sequence[tuple[str, Pa
 
 def _differs(base: Path, folder: Path) -> bool:
     """Whether a specialist may have other tokens than the base."""
-    files = [place / TOKENIZER_FILE for place in (base, folder)]
-    return not all(file.exists() for file in files) or not filecmp.cmp(*files, shallow=False)
+    known, own = base / TOKENIZER_FILE, folder / TOKENIZER_FILE
+    if own.exists():
+        return not (known.exists() and filecmp.cmp(known, own, shallow=False))
+    return any((folder / name).exists() for name in _VOCABULARY_FILES)
 
 
 def _check_tokenizer(base: Path, known: Mapping[int, str], source: Mapping[int, str]) -> None:

@@ -684,6 +684,12 @@ def nan_in_a_full_checkpoint(inputs):
     inputs.change_tensors("cell/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
 
 
+@case("cell/model.safetensors: tensor model.layers.1.mlp.up_proj.weight has NaN", "download or save it again")
+def nan_in_a_full_checkpoint_under_the_probe(inputs):
+    to_full(inputs)
+    inputs.change_tensors("cell/model.safetensors", poison("model.layers.1.mlp.up_proj.weight"))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 4}], ids=["full", "adapter"])
 @pytest.mark.parametrize(
