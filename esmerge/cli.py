@@ -27,7 +27,15 @@ _NO_ROOM = {
     errno.EFBIG: "the result is larger than the file system or the limit of this process allows (see ulimit -f)",
 }
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+
+def _quieten(quiet: bool) -> bool:
+    if quiet:
+        # Read when huggingface_hub is imported, which is inside the commands: its downloads have bars of their own.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", callback=_quieten, help="Show no progress bars.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
@@ -57,7 +65,8 @@ def merge(
     """Merge the specialists of a RECIPE into one model.
 
     Writes a LoRA adapter that PEFT loads, or a full checkpoint that transformers loads; beside it `esmerge.yaml`
-    (recipe, hashes and versions: enough to do it again) and `coefficients.safetensors`.
+    (recipe, hashes and versions: enough to do it again) and `coefficients.safetensors`. The `esmerge.yaml` of a result
+    is a RECIPE too: with it, the same commits from the Hub give the same files.
 
     Example: `esmerge merge recipe.yaml -o merged --set coefficients.tau=0.2`
     """

@@ -191,7 +191,7 @@ class PartialCopies:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="esmerge-headers-"))
+        self._folder: Path | None = None
         self.folders: dict[tuple[str, str | None], Path] = {}
         self._files: list[Path] = []
         self._left = _PARTIAL_BYTES
@@ -203,7 +203,8 @@ class PartialCopies:
     def __exit__(self, *_: object) -> None:
         for file in self._files:
             del PARTIAL_FILES[file]
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, repo_id: str, revision: str | None, field: str, with_code: bool = False) -> None:
         """Make such a folder, unless all that is needed is in the cache or the Hub cannot be reached."""
@@ -219,6 +220,7 @@ class PartialCopies:
             return
         _check_room(listing, names, field)
         snapshot = _download(listing, [name for name in names if name not in absent], revision, field)
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="esmerge-headers-"))
         folder = self._folder / str(len(self.folders)) / repo_id.rpartition("/")[2]
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

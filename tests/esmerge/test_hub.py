@@ -278,7 +278,9 @@ def test_offline_without_a_cache(hub_recipe, merged, hub, monkeypatch):
 def test_offline(hub_recipe, published, online, hub, esmerge_program, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(hub_recipe))
     command = (esmerge_program, "merge", tmp_path / "recipe.yaml", "--quiet", "-o")
-    assert online(*command, tmp_path / "first").returncode == 0
+    first = online(*command, tmp_path / "first")
+    assert first.returncode == 0, first.stderr
+    assert "%|" not in first.stderr
     hub.requests.clear()
     again = online(*command, tmp_path / "again", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
