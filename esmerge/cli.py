@@ -46,6 +46,21 @@ TrustRemoteCode = Annotated[
 ]
 
 
+Licence = Annotated[
+    str | None, typer.Option("--license", metavar="ID", help="The licence, where the parents' differ or have none.")
+]
+BaseModelId = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="USER/BASE[@REVISION]", help="The base on the Hub, if it was a local folder."),
+]
+CardTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--template", metavar="FILE", help="A Jinja template for the card's text; default: esmerge's own again."
+    ),
+]
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -269,6 +284,31 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     print_results(run(models[0], task, settings, output))
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `esmerge merge` wrote.")],
+    licence: Licence = None,
+    base_model: BaseModelId = None,
+    template: CardTemplate = None,
+) -> None:
+    """Write the model card of a merged model: `README.md` in DIR, with its figures.
+
+    It tells what the model is, how to load it, which parents it has, the recipe, the coefficients, the scores in
+    `results/`, limits, licence and citations; licence, languages and data sets come from the parents' own cards.
+    Sections and metadata that you edit stay as you left them when the card is written again, and so do the options.
+
+    Example: `esmerge card merged --license apache-2.0`
+    """
+    from hub_cards.card import CARD_FILE, Choices, make_card, write_card
+
+    _imported()
+    made = make_card(folder, Choices(licence, base_model), template)
+    write_card(folder, made)
+    print(folder / CARD_FILE)
+    for note in made.notes:
+        print(f"note: {note}")
 
 
 @app.command()

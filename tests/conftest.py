@@ -269,6 +269,9 @@ def connected(hub, monkeypatch, tmp_path):
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    if "transformers" in sys.modules:
+        # Transformers makes its client once.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     return hub
 
 
