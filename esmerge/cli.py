@@ -312,6 +312,62 @@ def card(
 
 
 @app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `esmerge merge` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository for your eyes only.")] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pr", help="Open a pull request, or go on with your own of the same title.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Another branch than main, or refs/pr/N.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option("--tag", metavar="NAME", help="Tag the commit, as v1.0.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit or pull request.")
+    ] = None,
+    licence: Licence = None,
+    base_model: BaseModelId = None,
+    template: CardTemplate = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and show what would be sent; no more.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a merged model on the Hub, with its card, in one commit.
+
+    First everything is checked: weights, card, sizes, and that no file holds a path of this machine or a token. Then
+    the files are shown, and sent if you agree. The same command goes on where a connection broke, sends what is new
+    after a change and nothing otherwise; shards and encoders of an earlier version are removed. `esmerge.yaml` and
+    results are sent with the last names of local folders only; logs of single samples are not sent.
+
+    Log in with `hf auth login` before, or set HF_TOKEN.
+
+    Example: `esmerge publish merged user/bio-merged --license apache-2.0 --tag v1.0`
+    """
+    from hub_cards.card import Choices
+    from hub_cards.plan import Destination, Plan
+    from hub_cards.publish import publish as run
+
+    def confirm(plan: Plan) -> bool:
+        print(plan)
+        if dry_run or yes:
+            return not dry_run
+        try:
+            return typer.confirm("Publish this?")
+        except typer.Abort as error:
+            raise InputError("nobody answered, so nothing was sent: give --yes where nobody can be asked.") from error
+
+    _imported()
+    destination = Destination(repo_id, private, pull_request, revision, tag, message)
+    published = run(folder, destination, Choices(licence, base_model), confirm, template)
+    if published is None:
+        print("nothing was sent.")
+        return
+    print(f"{published.address}{'' if published.sent else ' has all of this already: no file was sent.'}\n")
+    print(published.code)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo"),
 ) -> None:

@@ -1,0 +1,233 @@
+"""What of a merged model's folder goes to the Hub, checked: nothing stray, nothing of this machine, nothing broken."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esmerge.checkpoint import Checkpoint
+from esmerge.errors import InputError
+from esmerge.modalities.registry import MODALITIES_FOLDER
+from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE
+from esmerge.sources import read_json
+from hub_cards.card import CARD_FILE, Card
+from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
+from hub_cards.parents import REPO_ID, Parent
+from hub_cards.portable import portable
+
+# https://huggingface.co/docs/hub/storage-limits, and what huggingface_hub uploads at most.
+FILE_BYTES = 50 * 1000**3
+README_BYTES = 1000**2
+
+# Files of a merged model. What an earlier one left of these in a repository goes when a new one comes.
+_MODEL = (
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_model-*.safetensors",
+    "adapter_model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    ADAPTER_CONFIG,
+    COEFFICIENTS_FILE,
+    RECORD_FILE,
+    f"{MODALITIES_FOLDER}/*",
+    "figures/*.png",
+    "results/*.json",
+)
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# What a person may add, for the card or beside it.
+_ADDED = (CARD_FILE, ".eval_results/*.yaml", "LICEN[CS]E*", "NOTICE*", "*.md", "*.png", "*.jpg", "*.svg", "*.gif")
+_NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.part", "*.tmp", "*~")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model")
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+_HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[\w.-]+|/root/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file as it is sent.
+
+    Attributes:
+        path: in the repository.
+        content: the file, or its bytes where they are not those in the folder.
+    """
+
+    path: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
+
+def collect(model: MergedModel, card: Card, base: Parent, token: str | None) -> tuple[list[Upload], list[str]]:
+    """The files to send, and the paths of those in the folder that are not sent.
+
+    Args:
+        card: as it is sent.
+        base: what an adapter is for.
+        token: must be in none of them.
+
+    Raises:
+        InputError: if a file is broken, larger than the Hub takes, or holds a path of this machine or a token.
+    """
+    paths = _paths(model.folder)
+    kept = [path for path in paths if _is_sent(path, model) and path not in card.files and path not in card.stale]
+    uploads = [Upload(path, model.folder / path) for path in kept]
+    uploads = [_cleaned(upload, base) for upload in uploads]
+    uploads = sorted([*uploads, *(Upload(*file) for file in card.files.items())], key=lambda upload: upload.path)
+    for upload in uploads:
+        _check_size(upload)
+    check_weights(model)
+    for upload in uploads:
+        _check_leaks(upload, model.folder, token)
+    sent = {upload.path for upload in uploads}
+    return uploads, [path for path in paths if path not in sent and path not in card.stale]
+
+
+def is_of_a_model(path: str) -> bool:
+    """Whether a file in a repository is one that a merged model replaces as a whole."""
+    return any(fnmatchcase(path, pattern) for pattern in _MODEL)
+
+
+def check_weights(model: MergedModel) -> None:
+    """Open all weights: every shard that an index names, every encoder; `InputError` names what is broken."""
+    with Checkpoint.open(model.folder, model.stem) as checkpoint:
+        if not len(list(checkpoint)):
+            raise InputError(f"{model.folder} holds no tensor: merge again.")
+    for file in sorted((model.folder / MODALITIES_FOLDER).rglob("*.safetensors")):
+        Checkpoint.open_file(file).close()
+
+
+def _paths(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _is_sent(path: str, model: MergedModel) -> bool:
+    name = path.rpartition("/")[2]
+    if any(fnmatchcase(name, pattern) for pattern in _NEVER) or (name.startswith(".")):
+        return False
+    other_stem = "model" if model.is_adapter else "adapter_model"
+    if "/" not in path and re.match(rf"{other_stem}[-.].*safetensors", path):
+        return False
+    if path.endswith(".py"):
+        return "auto_map" in json.dumps(model.config) and "/" not in path
+    # A pattern's * would also match what lies in folders below.
+    return any(
+        fnmatchcase(path, pattern) and (path.count("/") == pattern.count("/") or pattern.startswith(MODALITIES_FOLDER))
+        for pattern in (*_MODEL, *_TOKENIZER, *_ADDED)
+    ) and not any(part.startswith(".") and part != ".eval_results" for part in path.split("/"))
+
+
+def _cleaned(upload: Upload, base: Parent) -> Upload:
+    """The file without paths of this machine, where it may hold some for good reasons."""
+    path, file = upload.path, upload.content
+    assert isinstance(file, Path)
+    if path == RECORD_FILE:
+        record = portable(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Upload(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+    if not path.endswith(".json") or any(fnmatchcase(path, pattern) for pattern in _VOCABULARIES):
+        return upload
+    content = read_json(file)
+    if path == ADAPTER_CONFIG:
+        cleaned: Any = _with_base(content, base)
+    elif path.startswith("results/"):
+        cleaned = portable(content)
+    else:
+        cleaned = _without_names(content)
+    return upload if cleaned == content else Upload(path, (json.dumps(cleaned, indent=2) + "\n").encode())
+
+
+def _with_base(config: Mapping[str, Any], base: Parent) -> dict[str, Any]:
+    if base.repo_id is None:
+        raise InputError(
+            f"the adapter's base is a folder of this machine ({base.name}), which nobody else could load it on: "
+            "say what it is called on the Hub with --base-model user/base (or user/base@revision)."
+        )
+    return {**config, "base_model_name_or_path": base.repo_id, "revision": base.commit}
+
+
+def _without_names(value: Any) -> Any:
+    """A configuration without the folders that parts of it were once loaded from."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without_names(entry)
+            for key, entry in value.items()
+            if key not in ("_name_or_path", "name_or_path") or REPO_ID.fullmatch(str(entry))
+        }
+    return [_without_names(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _check_size(upload: Upload) -> None:
+    if upload.size > FILE_BYTES:
+        raise InputError(
+            f"{upload.path} has {upload.size / 1000**3:.1f} GB, and the Hub takes files of at most "
+            f"{FILE_BYTES // 1000**3} GB: merge again with a smaller output.max_shard_size."
+        )
+    if upload.path == CARD_FILE and upload.size > README_BYTES:
+        raise InputError(f"{CARD_FILE} is larger than {README_BYTES // 1000} kB: shorten it.")
+
+
+def _check_leaks(upload: Upload, folder: Path, token: str | None) -> None:
+    if upload.path.endswith((".safetensors", ".png", ".jpg", ".gif", ".model")):
+        return
+    try:
+        text = upload.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{upload.path} is no text in UTF-8: correct it, or take it out of the folder.") from error
+    if (token and token in text) or _TOKEN.search(text):
+        raise InputError(f"{upload.path} holds an access token: take it out (and revoke it, if others could see it).")
+    if any(fnmatchcase(upload.path, pattern) for pattern in _VOCABULARIES):
+        return  # tokens look like anything
+    own = [str(place) for place in (folder.resolve(), folder.resolve().parent, Path.home()) if len(place.parts) > 2]
+    leak = next((place for place in own if place in text), None) or (
+        found[0] if (found := _HOME.search(text)) else None
+    )
+    if leak is None and upload.path.endswith(".json"):
+        leak = _path_in(json.loads(text))
+    if leak is not None:
+        raise InputError(f"{upload.path} holds a path of this machine, {leak}: write what others can use instead.")
+
+
+def _path_in(value: Any) -> str | None:
+    """A string that is the absolute path of something here."""
+    if isinstance(value, Mapping):
+        return next(filter(None, map(_path_in, value.values())), None)
+    if isinstance(value, list):
+        return next(filter(None, map(_path_in, value)), None)
+    is_path = isinstance(value, str) and re.fullmatch(r"/[^/\0\n]+/[^\0\n]{1,1000}", value) and Path(value).exists()
+    return value if is_path else None
+
+
+def stale_files(remote: Sequence[str], sent: Sequence[str]) -> list[str]:
+    """Files of an earlier merged model in a repository that the new one has not: shards, encoders, scores."""
+    gone = [path for path in remote if path not in sent and is_of_a_model(path)]
+    # Scores that were published for a result go with it; a person's own entries stay.
+    entries = [f".eval_results/{path[8:-5]}.yaml" for path in gone if path.startswith("results/")]
+    return sorted([*gone, *(path for path in entries if path in remote and path not in sent)])
