@@ -36,6 +36,7 @@ from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest, 
 from lightning_modules.running import Devices, make_loggers, progress_callbacks, quiet_lightning
 from lightning_modules.sample_log import Record, UnfinishedRun
 from lightning_modules.samples import Item, Sample, load_samples
+from lightning_modules.soft_tokens import ItemFeatures
 from lightning_modules.tasks import load_task
 
 
@@ -162,10 +163,13 @@ def _prepare(
     )
     prompts = [writer.write(sample, task.answer_prefix if by_likelihood else "") for sample in samples]
     encoded = tokenizer([prompt.text for prompt in prompts], add_special_tokens=writer.add_special_tokens)
+    features = ItemFeatures(processor)
     return EvaluatedTask(
         task=task,
         samples=samples,
         prompt_ids=encoded["input_ids"],
+        items=[prompt.items for prompt in prompts],
+        features=features,
         choice_ids=choices,
         tokenizer=tokenizer,
         generation_config=GenerationConfig(
@@ -188,7 +192,7 @@ def _run_of(
         "task": task.task.name,
         "version": task.task.version,
         "samples": hash_lines(task.samples, lambda sample: [sample.id, sample.answer]),
-        "prompts": hash_lines(task.prompt_ids, list),
+        "prompts": hash_lines(list(zip(task.prompt_ids, task.items, strict=True)), list),
         "choices": content_digest([list(task.task.choices), task.choice_ids]),
         "chat_template": writer.chat.hash,
         "score": settings.score,

@@ -17,6 +17,7 @@ from lightning_modules.memory import bytes_per_row, first_batch_size, is_out_of_
 from lightning_modules.sample_log import Record
 from lightning_modules.sharding import shard_llm
 from lightning_modules.shared_prefix import pad_left
+from lightning_modules.soft_tokens import WithSoftIds, soft_ids, soft_token_table
 
 ScoreKind = Literal["likelihood", "generate"]
 Normalisation = Literal["none", "tokens", "characters"]
@@ -94,7 +95,7 @@ class Evaluation(LightningModule):
 
         All ranks come to the same.
         """
-        longest = sorted(range(len(task.samples)), key=lambda index: -len(task.prompt_ids[index]))
+        longest = sorted(range(len(task.samples)), key=lambda index: -task.lengths[index])
         new = task.task.max_new_tokens if self.score == "generate" else sum(len(ids) - 1 for ids in task.choice_ids)
         row_bytes = bytes_per_row(
             self.llm.config.get_text_config(),
@@ -117,8 +118,9 @@ class Evaluation(LightningModule):
             if self.score == "likelihood":
                 self._score(task, samples)
             else:
-                ids, mask = (tensor.to(self.device) for tensor in pad_left([task.prompt_ids[i] for i in samples]))
-                self.llm(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+                prompts, reader = self._read(task, samples)
+                ids, mask = (tensor.to(self.device) for tensor in pad_left(prompts))
+                reader(input_ids=ids, attention_mask=mask, logits_to_keep=1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -142,7 +144,7 @@ class Evaluation(LightningModule):
             if len(samples) == 1:
                 raise InputError(
                     f"the memory does not suffice for a single sample of {task.task.name}, "
-                    f"{len(task.prompt_ids[samples[0]])} tokens long: use --dtype bfloat16, or --strategy fsdp on "
+                    f"{task.lengths[samples[0]]} tokens long: use --dtype bfloat16, or --strategy fsdp on "
                     "several GPUs."
                 ) from error
         # Outside of the handler, whose traceback would keep the tensors alive.
@@ -150,15 +152,27 @@ class Evaluation(LightningModule):
         half = len(samples) // 2
         return self.answer(task, samples[:half]) + self.answer(task, samples[half:])
 
-    def _score(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+    def _read(self, task: EvaluatedTask, samples: Sequence[int]) -> tuple[list[list[int]], WithSoftIds]:
+        """Prompts with soft tokens in them, and what reads them; items are encoded once for all of them."""
         assert self.model is not None
+        ids = [task.prompt_ids[index] for index in samples]
+        prompts, features = soft_ids(ids, [task.items[index] for index in samples], task.features)
+        if features:
+            batches = {name: {k: t.to(self.device) for k, t in batch.items()} for name, batch in features.items()}
+            table = soft_token_table(self.model, batches)
+        else:
+            table = self.model.get_input_embeddings().weight.new_zeros(1, self.model.config.hidden_size)
+        return prompts, WithSoftIds(self.model, table)
+
+    def _score(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
         scorer = self._scorers.get(task.task.name)
         if scorer is None:
             # The beginning that prompts of another task share is of no use any more.
             self._scorers = {}
             scorer = AnswerScorer(self.llm, task.choice_ids, task.beginning, task.longest)
             self._scorers[task.task.name] = scorer
-        scores = scorer([task.prompt_ids[index] for index in samples]).cpu()
+        prompts, reader = self._read(task, samples)
+        scores = scorer(prompts, reader).cpu()
         compared = scores / divisors(task.task, task.choice_ids, self.normalise)
         choices = task.task.choices
         return [
@@ -172,15 +186,16 @@ class Evaluation(LightningModule):
         ]
 
     def _generate(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
-        prompts = [task.prompt_ids[index] for index in samples]
+        prompts, reader = self._read(task, samples)
         ids, mask = (tensor.to(self.device) for tensor in pad_left(prompts))
+        # Of embeddings, transformers gives back the new tokens alone.
         made = self.llm.generate(
-            input_ids=ids,
+            inputs_embeds=reader.embed(ids),
             attention_mask=mask,
             generation_config=task.generation_config,
-            synced_gpus=self.sharded and self.trainer.world_size > 1,
+            synced_gpus=self.sharded,
         )
-        texts = task.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = task.tokenizer.batch_decode(made, skip_special_tokens=True)
         records = []
         for index, text in zip(samples, texts, strict=True):
             found = task.task.parse(text)

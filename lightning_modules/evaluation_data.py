@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pytorch_lightning import LightningDataModule
@@ -13,6 +14,7 @@ from lightning_modules.batching import UnrepeatedBatches, plan_batches
 from lightning_modules.likelihood import shared_beginning
 from lightning_modules.sample_log import UnfinishedRun
 from lightning_modules.samples import Sample
+from lightning_modules.soft_tokens import ItemFeatures, Items
 
 
 @dataclass
@@ -22,31 +24,43 @@ class EvaluatedTask:
     Attributes:
         task: what is asked.
         samples: about what.
-        prompt_ids: of each sample.
+        prompt_ids: of each sample, with one placeholder for each item.
+        items: of each prompt.
+        features: of all items.
         choice_ids: of each choice.
         tokenizer: of the model.
         generation_config: greedy.
         log: where the records go.
-        beginning: token ids that all prompts begin with.
-        longest: number of tokens of the longest prompt.
+        beginning: token ids that all prompts begin with, before the first item.
+        lengths: positions of each prompt, soft tokens among them.
+        longest: of the lengths.
         pending: how many samples are computed in this run, on all devices.
     """
 
     task: Task
     samples: list[Sample]
     prompt_ids: list[list[int]]
+    items: list[Items]
+    features: ItemFeatures
     choice_ids: list[list[int]]
     tokenizer: Any
     generation_config: GenerationConfig
     log: UnfinishedRun
     beginning: list[int] = field(init=False)
+    lengths: list[int] = field(init=False)
     longest: int = field(init=False)
     pending: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         # Of all samples, so that it does not depend on what is in a batch or left to do.
-        self.beginning = shared_beginning(self.prompt_ids)
-        self.longest = max(map(len, self.prompt_ids))
+        placeholders = set(self.features.processor.placeholder_ids.values())
+        beginning = shared_beginning(self.prompt_ids)
+        self.beginning = list(takewhile(lambda token: token not in placeholders, beginning))
+        self.lengths = [
+            len(ids) + sum(self.features.count(name, item) - 1 for name, values in items.items() for item in values)
+            for ids, items in zip(self.prompt_ids, self.items, strict=True)
+        ]
+        self.longest = max(self.lengths)
 
 
 class PromptBatch(NamedTuple):
@@ -97,7 +111,7 @@ class EvaluationData(LightningDataModule):
     def _loader(self, task: EvaluatedTask) -> DataLoader[PromptBatch]:
         assert self.trainer is not None
         size = self.batch_size or task.log.note("batch_size") or self._found(task)
-        plan = plan_batches([len(ids) for ids in task.prompt_ids], size)
+        plan = plan_batches(task.lengths, size)
         done = task.log.records().keys()
         # A batch that was interrupted is computed again as a whole: alone, its rest would be rounded differently.
         pending = [

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +74,19 @@ class AnswerScorer:
         self._cache: Cache | None = None
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The scores log p(answer | prompt), float32 [prompts, answers], on the model's device."""
+    def __call__(self, prompts: Sequence[Sequence[int]], reader: Any = None) -> Tensor:
+        """The scores log p(answer | prompt), float32 [prompts, answers], on the model's device.
+
+        Args:
+            prompts: token ids.
+            reader: takes the prompts' ids in the model's place, where there are soft tokens among them.
+        """
+        reader = self.model if reader is None else reader
         if not self.can_branch:
-            return torch.stack([self._score_answer(prompts, answer) for answer in self.answers], dim=1)
+            scores = [_score_answer(reader, prompts, answer, self.device) for answer in self.answers]
+            return torch.stack(scores, dim=1)
         batch = split_prefix(prompts, len(self.beginning)).to(self.device)
-        return _score_branches(self.model, batch, self.branches, self._beginning_for(batch))
+        return _score_branches(reader, batch, self.branches, self._beginning_for(batch))
 
     def _beginning_for(self, batch: SharedPrefixBatch) -> Cache | None:
         if self._cache is None:
@@ -88,12 +96,6 @@ class AnswerScorer:
         if cache is not None:
             cache.batch_repeat_interleave(len(batch.input_ids))
         return cache
-
-    def _score_answer(self, prompts: Sequence[Sequence[int]], answer: Sequence[int]) -> Tensor:
-        """The same for any model: whole sequences."""
-        batch = split_prefix([[*prompt, *answer[:-1]] for prompt in prompts], 0).to(self.device)
-        log_probabilities = last_logits(self.model, batch, last=len(answer)).float().log_softmax(dim=-1)
-        return log_probabilities[:, range(len(answer)), list(answer)].sum(dim=1)
 
 
 class AnswerBranches:
@@ -158,3 +160,12 @@ def _score_branches(model: CausalLM, batch: SharedPrefixBatch, branches: AnswerB
         logits_to_keep=last_positions(1 + count, batch.input_ids.device),
     ).logits
     return branches.total(logits.float().log_softmax(dim=-1))
+
+
+def _score_answer(
+    model: CausalLM, prompts: Sequence[Sequence[int]], answer: Sequence[int], device: torch.device
+) -> Tensor:
+    """The same for one answer and any model: whole sequences."""
+    batch = split_prefix([[*prompt, *answer[:-1]] for prompt in prompts], 0).to(device)
+    log_probabilities = last_logits(model, batch, last=len(answer)).float().log_softmax(dim=-1)
+    return log_probabilities[:, range(len(answer)), list(answer)].sum(dim=1)

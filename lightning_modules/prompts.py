@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
+from esmerge.modalities import TextModality
 from esmerge.modalities.modality import with_encoder
 from lightning_modules.samples import Item, Part, Sample
 
@@ -28,7 +29,7 @@ class Prompt:
     """
 
     text: str
-    items: dict[str, list[str]]
+    items: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ class PromptWriter:
         modality = self.known.get(part.modality)
         if modality is None:
             return self._without_placeholders(part.value)
+        if isinstance(modality, TextModality):
+            return self._without_placeholders(modality.render(part.value))
         items.setdefault(part.modality, []).append(part.value)
         return modality.placeholder
 

@@ -108,8 +108,12 @@ class WithSoftIds:
         self.parameters = model.parameters
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """The LLM's output for ids of any shape [...]."""
+        """The LLM's output for ids [B, T]."""
+        return self.model.language_model(inputs_embeds=self.embed(input_ids), **inputs)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The LLM's input [..., hidden] for ids of any shape [...]."""
         soft = input_ids >= FIRST_SOFT_ID
         embeds = self.model.get_input_embeddings()(input_ids.masked_fill(soft, 0))
         rows = self.table.to(embeds.device, embeds.dtype)[(input_ids - FIRST_SOFT_ID).clamp_min(0)]
-        return self.model.language_model(inputs_embeds=torch.where(soft.unsqueeze(-1), rows, embeds), **inputs)
+        return torch.where(soft.unsqueeze(-1), rows, embeds)
