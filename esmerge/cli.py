@@ -41,6 +41,14 @@ Changes = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."),
 ]
 
+Devices = Annotated[int, typer.Option("--devices", min=1, help="How many GPUs, or processes on a CPU.")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy", metavar="auto|ddp|fsdp", help="ddp: the model whole on each device; fsdp: the LLM shared out."
+    ),
+]
+Accelerator = Annotated[str, typer.Option("--accelerator", metavar="auto|cpu|gpu", help="On what to run.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base, if there is some.")
 ]
@@ -214,12 +222,9 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights; auto: as they are stored.")
     ] = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many GPUs, or processes on a CPU.")] = 1,
-    strategy: Annotated[
-        str,
-        typer.Option(metavar="auto|ddp|fsdp", help="ddp: the model whole on each device; fsdp: the LLM shared out."),
-    ] = "auto",
-    accelerator: Annotated[str, typer.Option(metavar="auto|cpu|gpu", help="On what to run.")] = "auto",
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
+    accelerator: Accelerator = "auto",
     chat_template: Annotated[
         str | None,
         typer.Option(metavar="FILE|none", help="A Jinja chat template instead of the tokenizer's; none: plain text."),
@@ -256,7 +261,7 @@ def evaluate(
     from lightning_modules.comparison import compare_results
     from lightning_modules.evaluate import EvaluationSettings
     from lightning_modules.evaluate import evaluate as run
-    from lightning_modules.running import Devices
+    from lightning_modules.running import Devices as OnDevices
     from lightning_modules.tables import print_comparison, print_results
 
     _imported()
@@ -276,7 +281,7 @@ def evaluate(
         dtype=_one_of("--dtype", dtype, "auto", "float32", "bfloat16", "float16"),
         chat_template=chat_template,
         as_text=tuple(as_text or ()),
-        devices=Devices(devices, _one_of("--strategy", strategy, "auto", "ddp", "fsdp"), accelerator),
+        devices=OnDevices(devices, _one_of("--strategy", strategy, "auto", "ddp", "fsdp"), accelerator),
         resume=resume,
         seed=seed,
         loggers=tuple(logger or ()),
@@ -284,6 +289,41 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     print_results(run(models[0], task, settings, output))
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="What to train on what, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
+    accelerator: Accelerator = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training into OUTPUT.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter on the training data of tasks: the baseline that merging is compared with.
+
+    A RECIPE with a merged adapter as `model` is "merging + fine-tuning"; with the base, jointly trained LoRA:
+
+    `{model: merged, tasks: [b3db, tissue], epochs: 2, learning_rate: 2.0e-4, validation: {patience: 3}}`
+
+    Writes an adapter that PEFT, `esmerge evaluate` and `esmerge merge` load (of a multimodal checkpoint: a full model),
+    with `finetuning.yaml`, the record, and the losses in `logs`. The weights are those of the lowest validation loss.
+
+    Example: `esmerge finetune recipe.yaml -o tuned`
+    """
+    from lightning_modules.finetune import finetune as run
+    from lightning_modules.finetune_recipe import load_finetuning_recipe
+    from lightning_modules.running import Devices as OnDevices
+
+    _imported()
+    chosen = OnDevices(devices, _one_of("--strategy", strategy, "auto", "ddp", "fsdp"), accelerator)
+    record = run(load_finetuning_recipe(recipe), output, chosen, resume, progress=not quiet)
+    if record:
+        loss = f", validation loss {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        print(f"{output}: trained in {record['steps']} steps{loss}")
 
 
 @app.command()

@@ -100,12 +100,12 @@ def answer_loader(
     return DataLoader(
         examples,  # type: ignore[arg-type]  # a sequence is all that a DataLoader needs
         batch_size=batch_size,
-        sampler=LengthGroupedSampler([_length(example, features) for example in examples], batch_size, seed),
+        sampler=LengthGroupedSampler([example_length(example, features) for example in examples], batch_size, seed),
         collate_fn=partial(collate_answers, features=features),
     )
 
 
-def _length(example: TokenizedExample, features: ItemFeatures | None) -> int:
+def example_length(example: TokenizedExample, features: ItemFeatures | None) -> int:
     """Positions that an example takes, with one placeholder more for each item."""
     soft = 0
     if features is not None:

@@ -161,7 +161,8 @@ class Evaluation(LightningModule):
             batches = {name: {k: t.to(self.device) for k, t in batch.items()} for name, batch in features.items()}
             table = soft_token_table(self.model, batches)
         else:
-            table = self.model.get_input_embeddings().weight.new_zeros(1, self.model.config.hidden_size)
+            embeddings: Tensor = self.model.get_input_embeddings().weight
+            table = embeddings[:1]  # never looked at
         return prompts, WithSoftIds(self.model, table)
 
     def _score(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:

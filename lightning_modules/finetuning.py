@@ -64,11 +64,15 @@ class AnswerFinetuning(LightningModule):
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=self.learning_rate, weight_decay=self.weight_decay
         )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.total_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_then_decay(step, steps, round(steps * self.warmup_share))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """How many steps the learning rate's rise and fall is spread over."""
+        return int(self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -47,13 +48,23 @@ class Devices:
         """Whether the ranks share the LLM's weights."""
         return self.strategy == "fsdp" and self.count > 1
 
-    def trainer(self, **options: Any) -> Trainer:
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model runs on the CPU."""
+        return self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.accelerator.is_available())
+
+    def trainer(self, unused_parameters: bool = False, **options: Any) -> Trainer:
         """A Trainer for these devices.
+
+        Args:
+            unused_parameters: whether some of the trained parameters may have no part in a batch.
+            options: of the Trainer.
 
         Raises:
             InputError: if the machine does not have them.
         """
-        strategy: str | Strategy = "ddp" if self.strategy == "ddp" and self.count > 1 else "auto"
+        ddp = "ddp_find_unused_parameters_true" if unused_parameters else "ddp"
+        strategy: str | Strategy = ddp if self.count > 1 else "auto"
         if self.sharded:
             # FSDP2, which also runs on CPUs; Lightning's `fsdp` is FSDP1, for GPUs alone.
             strategy = ModelParallelStrategy(data_parallel_size=self.count, tensor_parallel_size=1)

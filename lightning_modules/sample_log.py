@@ -1,17 +1,15 @@
 """What a model did with each sample, as lines of JSON: written as it happens, read again to go on or to compare."""
 
-import fcntl
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from esmerge.errors import InputError
+from lightning_modules.unfinished import UnfinishedFolder
 
 Record = dict[str, Any]
 _FIELDS = {"id", "answer", "prediction"}
-RUN_FILE = "run.json"
 
 
 def log_file(results: Path, task: str) -> Path:
@@ -39,7 +37,7 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is missing or cannot be read as text: evaluate again without --resume.") from error
+        raise InputError(f"{file} is missing or cannot be read as text: start again without --resume.") from error
     lines = text.split("\n")
     if torn or not lines[-1]:
         lines.pop()
@@ -51,65 +49,31 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
             record = None
         if not isinstance(record, dict) or _FIELDS - record.keys():
             raise InputError(
-                f"{file}, line {number} is no record of a sample: the file is damaged; evaluate again without --resume."
+                f"{file}, line {number} is no record of a sample: the file is damaged; start again without --resume."
             )
         records.append(record)
     return records
 
 
-class UnfinishedRun:
-    """The log of an evaluation that is not finished: a folder with a file per process, and with what is evaluated.
+class UnfinishedRun(UnfinishedFolder):
+    """The log of an evaluation that is not finished: a folder with a file per process.
 
-    Its folder disappears when the finished log is written.
+    Args:
+        results: the folder of the finished logs.
+        task: name of the task.
     """
 
     def __init__(self, results: Path, task: str) -> None:
+        super().__init__(results / f".{task}.unfinished", f"the evaluation of {task}")
         self.task = task
-        self.folder = results / f".{task}.unfinished"
-        self._lock: IO[str] | None = None
         self._stream: IO[str] | None = None
 
-    def begin(self, run: Mapping[str, Any], resume: bool) -> None:
-        """Make the folder, or keep what an interrupted run of the same evaluation left there.
-
-        Args:
-            run: all that determines the records.
-
-        Raises:
-            InputError: if what is left there is of another evaluation or damaged, or is being written.
-        """
-        file = self.folder / RUN_FILE
-        if resume and file.exists():
-            self._take_lock()
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{file} is damaged: evaluate again without --resume.") from error
-            if different := sorted(key for key in {*found, *run} if found.get(key) != run.get(key)):
-                raise InputError(
-                    f"the interrupted evaluation in {self.folder} differs in {', '.join(different)}: evaluate again "
-                    "without --resume, or as it was begun."
-                )
+    def begin(self, run: Mapping[str, Any], resume: bool) -> bool:
+        """As of any unfinished work; `InputError` for a damaged log too."""
+        goes_on = super().begin(run, resume)
+        if goes_on:
             self._gather()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            for old in self.folder.glob("*.json*"):
-                old.unlink()
-            # Renamed when it is complete: what has no run.json is not gone on with.
-            part = self.folder / f".{RUN_FILE}"
-            part.write_text(json.dumps(dict(run), indent=2), encoding="utf-8")
-            part.replace(file)
-
-    def _take_lock(self) -> None:
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"another process is evaluating {self.task} into {self.folder.parent}: wait for it, or choose another "
-                "--output."
-            ) from error
+        return goes_on
 
     def _gather(self) -> None:
         """Put all records into one file, so that any number of processes can go on."""
@@ -152,12 +116,6 @@ class UnfinishedRun:
         records = [found[sample] for sample in order]
         write_log(log_file(results, self.task), records)
         return records
-
-    def remove(self) -> None:
-        """The evaluation is complete."""
-        shutil.rmtree(self.folder)
-        if self._lock is not None:
-            self._lock.close()
 
 
 def _line(record: Record) -> str:

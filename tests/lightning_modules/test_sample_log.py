@@ -77,7 +77,7 @@ def test_a_damaged_description_is_an_error(tmp_path):
 def test_two_processes_do_not_write_one_run(tmp_path):
     interrupted(tmp_path)
     run = again(tmp_path)
-    with pytest.raises(InputError, match="another process is evaluating toy"):
+    with pytest.raises(InputError, match="another process is at the evaluation of toy"):
         again(tmp_path)
     run.remove()
 

@@ -1,0 +1,315 @@
+"""`esmerge finetune` on one page: a recipe in, an adapter (or a full model) that load_model and merge take out."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.tasks.task import Task
+from esmerge.errors import InputError
+from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
+from esmerge.mllm.loading import base_of, load_model, load_processor
+from esmerge.modalities import Encoder
+from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
+from esmerge.results import check_output
+from esmerge.sources import Source, resolve
+from lightning_modules.data import AnswerBatch, TokenizedExample
+from lightning_modules.evaluation_results import all_versions, describe_model, portable
+from lightning_modules.finetune_recipe import FinetuningRecipe
+from lightning_modules.finetuning import AnswerFinetuning, answer_loss
+from lightning_modules.finetuning_data import FinetuningData
+from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest
+from lightning_modules.running import Devices, make_loggers, quiet_lightning
+from lightning_modules.samples import Sample, load_samples
+from lightning_modules.tasks import load_task
+from lightning_modules.unfinished import UnfinishedFolder
+
+RECORD = "finetuning.yaml"
+_LOSS = "validation_loss"
+_CHECKPOINTS = "checkpoints"
+_LOGS = "logs"
+
+
+def finetune(
+    recipe: FinetuningRecipe, output: Path, devices: Devices, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Train as a recipe says and write the result, checkpoints being kept beside it until then.
+
+    Args:
+        recipe: what to train on what.
+        output: the folder to write; it must not exist.
+        devices: on what.
+        resume: whether to go on from the last checkpoint of an interrupted training; the result is the same to the
+            last bit as without the interruption.
+        progress: whether to show progress bars.
+
+    Returns:
+        The record of the training, as it is written; nothing in processes other than the first.
+
+    Raises:
+        InputError: for anything that the user can put right; before the model is loaded, as far as can be.
+    """
+    started = time.perf_counter()
+    if devices.sharded:
+        raise InputError("--strategy fsdp is for evaluation; an adapter is trained with ddp.")
+    check_output(output)
+    source = resolve(recipe.model, recipe.folder, "model")
+    base = _base_reference(recipe, source)
+    processor = load_processor(source.folder, base)
+    tasks = [load_task(_task_reference(name, recipe.folder)) for name in recipe.tasks]
+    writer = PromptWriter(processor, ChatFormat.of(processor, recipe.chat_template), recipe.as_text)
+    training = {task.name: _examples(task, None, recipe.samples, processor, writer) for task in tasks}
+    judged = recipe.validation
+    validation = {
+        task.name: _examples(task, judged.split, judged.samples, processor, writer) for task in tasks if judged
+    }
+    data = FinetuningData(
+        _mixed(training),
+        _mixed(validation),
+        processor,
+        recipe.batch_size,
+        recipe.epochs,
+        judged.per_epoch if judged else 1,
+        recipe.seed,
+        devices.count,
+    )
+    devices.check(len(data.training))
+    work = UnfinishedFolder(output.parent / f".{output.name}.finetuning", f"the training of {output}")
+    trainer = _trainer(recipe, data, devices, work.folder, progress)
+    if rank_zero_only.rank == 0:
+        work.begin(_run_of(recipe, data, describe_model(source, base), devices), resume)
+    if not progress or rank_zero_only.rank != 0:
+        disable_progress_bar()  # of the weights' loading
+    model, processor = _load(recipe, source, base, devices)
+    rates = (recipe.learning_rate, recipe.encoder_learning_rate, recipe.warmup_share, recipe.weight_decay)
+    module = JudgedFinetuning(model, *rates)
+    module.seed, module.steps = recipe.seed, data.steps
+    last = work.folder / _CHECKPOINTS / "last.ckpt"
+    with quiet_lightning():
+        trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+    if not trainer.is_global_zero:
+        return {}
+    loss = _take_best(module, trainer)
+    record = {
+        "recipe": portable(recipe.model_dump(mode="json", exclude_none=True)),
+        "model": describe_model(source, base),
+        "samples": {name: len(examples) for name, examples in training.items()},
+        "steps": trainer.global_step,
+        "devices": devices.count,
+        **({} if loss is None else {_LOSS: loss}),
+        "versions": all_versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    result = work.folder / "result"
+    _save(module.model, processor, source, base, result)
+    (result / RECORD).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if (work.folder / _LOGS).exists():
+        shutil.move(work.folder / _LOGS, result / _LOGS)
+    result.rename(output)
+    work.remove()
+    return record
+
+
+class JudgedFinetuning(AnswerFinetuning):
+    """Its validation loss is the mean over all answers' tokens, however they are spread over batches and ranks.
+
+    What chance there is (dropout) follows from the seed, the step and the rank alone, so that a training can go on.
+    """
+
+    seed: int = 0
+    steps: int = 0
+
+    def total_steps(self) -> int:
+        return self.steps
+
+    def on_train_batch_start(self, batch: AnswerBatch, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: AnswerBatch, batch_index: int) -> None:
+        tokens = (batch.labels >= 0).sum()
+        loss = answer_loss(self.model, batch)
+        self._sums += torch.stack([loss.double() * tokens, tokens.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        sums: Tensor = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self.log(_LOSS, (sums[0] / sums[1]).float(), prog_bar=True, rank_zero_only=False)
+
+
+def _base_reference(recipe: FinetuningRecipe, source: Source) -> str | None:
+    """The base, a folder being relative to the recipe if it is named there."""
+    if recipe.base is None:
+        return base_of(source.folder)
+    found = resolve(recipe.base, recipe.folder, "base")
+    return str(found.folder) if found.commit is None else recipe.base
+
+
+def _task_reference(name: str, folder: Path) -> str:
+    return str(folder / name) if name.endswith((".yaml", ".yml")) else name
+
+
+def _examples(
+    task: Task, split: str | None, limit: int | None, processor: MllmProcessor, writer: PromptWriter
+) -> list[TokenizedExample]:
+    samples: list[Sample] = load_samples(task, split or task.split.training, limit)
+    writer.check_modalities(task.name, samples)
+    tokenizer = processor.tokenizer
+    prompts = [writer.write(sample, task.answer_prefix) for sample in samples]
+    ids = tokenizer([prompt.text for prompt in prompts], add_special_tokens=writer.add_special_tokens)["input_ids"]
+    answers = [
+        [
+            *tokenizer(writer.answer(choice, task.answer_prefix), add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        for choice in task.choices
+    ]
+    return [
+        TokenizedExample(prompt_ids, answers[sample.answer], prompt.items)
+        for prompt_ids, sample, prompt in zip(ids, samples, prompts, strict=True)
+    ]
+
+
+def _mixed(examples: dict[str, list[TokenizedExample]]) -> list[TokenizedExample]:
+    return [example for own in examples.values() for example in own]
+
+
+def _run_of(
+    recipe: FinetuningRecipe, data: FinetuningData, identity: dict[str, Any], devices: Devices
+) -> dict[str, Any]:
+    """All that determines the result."""
+    examples = [[e.prompt_ids, e.answer_ids, e.items] for e in (*data.training, *data.validation)]
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": identity,
+        "examples": content_digest(examples),
+        "devices": devices.count,
+    }
+
+
+def _in_bfloat16(recipe: FinetuningRecipe, devices: Devices) -> bool:
+    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and not devices.on_cpu)
+
+
+def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, folder: Path, progress: bool) -> Trainer:
+    # `last` after every round, to go on from; the best beside it, to end with.
+    options: dict[str, Any] = {"dirpath": folder / _CHECKPOINTS, "save_on_train_epoch_end": True}
+    options["enable_version_counter"] = False
+    callbacks: list[Callback] = [ModelCheckpoint(filename="last", **options)]
+    if recipe.validation is not None:
+        callbacks.append(ModelCheckpoint(filename="best", monitor=_LOSS, save_weights_only=True, **options))
+        if recipe.validation.patience is not None:
+            callbacks.append(StopEarly(_LOSS, patience=recipe.validation.patience))
+    with quiet_lightning():
+        return devices.trainer(
+            unused_parameters=recipe.train_encoders,
+            precision="bf16-mixed" if _in_bfloat16(recipe, devices) else "32-true",
+            logger=make_loggers(["csv"], folder / _LOGS),
+            callbacks=callbacks,
+            enable_progress_bar=progress,
+            max_epochs=data.rounds,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            gradient_clip_val=recipe.gradient_clip,
+            log_every_n_steps=min(50, data.steps_per_round),
+        )
+
+
+class StopEarly(EarlyStopping):
+    """Also stops a training at once that goes on from where it had stopped early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
+def _load(
+    recipe: FinetuningRecipe, source: Source, base: str | None, devices: Devices
+) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    """The model with what is trained in float32 and set to be trained, and all else not."""
+    dtype = torch.bfloat16 if _in_bfloat16(recipe, devices) else torch.float32
+    model, processor = load_model(source.folder, base, dtype)
+    model.requires_grad_(False)
+    if isinstance(model.language_model, PeftModel):
+        model.language_model.set_adapter(model.language_model.active_adapter)
+    else:
+        lora = recipe.lora
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        torch.manual_seed(recipe.seed)
+        try:
+            model.language_model = get_peft_model(
+                model.language_model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=targets,
+                ),
+            )
+        except ValueError as error:
+            raise InputError(f"lora.targets: {error}") from error
+    if recipe.train_encoders:
+        model.encoders.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Small updates would be lost in less.
+            parameter.data = parameter.data.float()
+    return model, processor
+
+
+def _take_best(module: AnswerFinetuning, trainer: Trainer) -> float | None:
+    """Give the model the weights of the lowest validation loss, and return that loss."""
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == _LOSS), None)
+    if not isinstance(best, ModelCheckpoint) or best.best_model_score is None:
+        return None
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return float(best.best_model_score)
+
+
+def _save(
+    model: MllmForConditionalGeneration, processor: MllmProcessor, source: Source, base: str | None, folder: Path
+) -> None:
+    """An adapter where there was one or a plain LLM; a multimodal checkpoint gets the adapter merged into it."""
+    folder.mkdir()
+    model.cpu().eval()
+    adapted: Any = model.language_model
+    if base is None and model.config.model_type == _stored_type(source):
+        model.language_model = adapted.merge_and_unload()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = _portable_base(source, base)
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a template without content
+    processor.tokenizer.save_pretrained(folder)
+    for name, modality in processor.modalities.items():
+        place = folder / MODALITIES_FOLDER / name
+        encoder = dict(model.encoders.items()).get(name)
+        if isinstance(encoder, Encoder):
+            save_encoder(modality, encoder, place)
+        else:
+            save_modality(modality, place)
+
+
+def _stored_type(source: Source) -> str | None:
+    return source.config().get("model_type") if (source.folder / "config.json").exists() else None
+
+
+def _portable_base(source: Source, base: str | None) -> str:
+    """How the new adapter names its base: as the old one did, or the model that it was put on."""
+    if base is not None:
+        return base
+    return source.reference if source.commit is not None else str(source.folder.resolve())

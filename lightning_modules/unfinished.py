@@ -1,0 +1,82 @@
+"""A folder for work that may be interrupted: it says what the work is, and one run at a time is at it."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from esmerge.errors import InputError
+
+RUN_FILE = "run.json"
+_LOCK_FILE = ".lock"
+
+
+class UnfinishedFolder:
+    """What an interrupted run leaves, to go on from.
+
+    Args:
+        folder: hidden, beside the place of the result.
+        what: the work, for messages.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder = folder
+        self.what = what
+        self._lock: IO[str] | None = None
+
+    def begin(self, run: Mapping[str, Any], resume: bool) -> bool:
+        """Make the folder, or keep what is in it; whether there was something to go on from.
+
+        Args:
+            run: all that determines the result, as JSON has it.
+            resume: whether to go on.
+
+        Raises:
+            InputError: if the folder cannot be written, holds other work or damaged one, or another run is at it.
+        """
+        self._take_lock()
+        file = self.folder / RUN_FILE
+        if resume and file.exists():
+            self._check(file, json.loads(json.dumps(dict(run))))
+            return True
+        for entry in self.folder.iterdir():
+            if entry.name != _LOCK_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        # Renamed when it is complete: a folder without it is not gone on from.
+        part = self.folder / f".{RUN_FILE}"
+        part.write_text(json.dumps(dict(run), indent=2), encoding="utf-8")
+        part.replace(file)
+        return False
+
+    def _take_lock(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / _LOCK_FILE).open("w")
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}): choose another output.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another process is at {self.what} in {self.folder.parent}: wait for it, or choose another output."
+            ) from error
+
+    def _check(self, file: Path, run: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is damaged: start again without --resume.") from error
+        if different := sorted(key for key in {*found, *run} if found.get(key) != run.get(key)):
+            raise InputError(
+                f"what is left of {self.what} in {self.folder} differs in {', '.join(different)}: start again without "
+                "--resume, or as it was begun."
+            )
+
+    def remove(self) -> None:
+        """The work is finished."""
+        shutil.rmtree(self.folder)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -1,0 +1,212 @@
+"""`esmerge finetune`: what it writes can be evaluated and merged, and does not depend on interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from esmerge.mllm import MllmProcessor
+from esmerge.mllm.loading import load_model
+from lightning_modules.data import TokenizedExample
+from lightning_modules.finetuning_data import FinetuningData
+
+
+@pytest.fixture
+def write_recipe(llama, write_task, tmp_path):
+    """A function that writes a recipe for the base of the fixture `llama`; returns its file."""
+
+    def write(name="recipe", **changes):
+        # The answer is in the molecule: it can be learnt.
+        for split, samples in (("train", 40), ("validation", 12)):
+            rows = [f"{'CC' if n % 2 else 'NN'}{'O' * (n % 5)},{n % 2}" for n in range(samples)]
+            (tmp_path / f"{split}.csv").write_text("\n".join(["smiles,soluble", *rows]) + "\n")
+        files = {"train": "train.csv", "validation": "validation.csv", "test": "validation.csv"}
+        task = write_task(3, source={"files": files})
+        recipe = {
+            "model": str(llama / "base"),
+            "tasks": [task.name],
+            "epochs": 3,
+            "batch_size": 4,
+            "learning_rate": 0.01,
+            "lora": {"rank": 4, "dropout": 0.1},
+            "validation": {"per_epoch": 2},
+            **changes,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
+        return file
+
+    return write
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_jointly_trained_adapter_learns_and_is_evaluated_and_merged(
+    esmerge, write_recipe, results_of, llama, recipe, tmp_path
+):
+    code, out, err = esmerge("finetune", write_recipe(), "-o", tmp_path / "tuned", "--quiet")
+    assert code == 0, err
+    record = yaml.safe_load((tmp_path / "tuned" / "finetuning.yaml").read_text())
+    assert record["samples"] == {"toy": 40}
+    assert record["steps"] == 30
+    assert f"{record['validation_loss']:.4f}" in out
+    assert str(tmp_path) not in (tmp_path / "tuned" / "finetuning.yaml").read_text()
+    assert not list(tmp_path.glob(".*finetuning*"))
+    for folder in (llama / "base", tmp_path / "tuned"):
+        output = tmp_path / f"results-{folder.name}"
+        assert esmerge("evaluate", folder, "--task", tmp_path / "toy.yaml", "--quiet", "-o", output)[0] == 0
+    found = [results_of(tmp_path / f"results-{name}")[0]["scores"]["accuracy"]["value"] for name in ("base", "tuned")]
+    assert found[1] == 1 > found[0]
+    # The weights are those of the lowest of the validation losses that were logged.
+    logged = (tmp_path / "tuned" / "logs").rglob("metrics.csv")
+    rows = [line.split(",") for line in next(logged).read_text().splitlines()]
+    losses = [float(row[rows[0].index("validation_loss")]) for row in rows[1:] if row[rows[0].index("validation_loss")]]
+    assert len(losses) == 6
+    assert record["validation_loss"] == pytest.approx(min(losses))
+    # It is a specialist like any other.
+    recipe["base"] = str(llama / "base")
+    recipe["specialists"]["molecule"] = {"model": str(tmp_path / "tuned")}
+    recipe["coefficients"] = "uniform"
+    recipe.pop("probe")
+    for name in ("protein", "cell"):
+        recipe["specialists"][name] = {"model": str(llama / name)}
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = esmerge("merge", tmp_path / "merge.yaml", "-o", tmp_path / "merged", "--quiet")
+    assert code == 0, err
+
+
+def test_an_adapter_goes_on_to_be_trained(esmerge, write_recipe, llama, tmp_path):
+    file = write_recipe(model=str(llama / "molecule"), base=str(llama / "base"), lora=None)
+    code, _, err = esmerge("finetune", file, "-o", tmp_path / "tuned", "--quiet")
+    assert code == 0, err
+    before, after = weights(llama / "molecule"), weights(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (llama / "molecule", tmp_path / "tuned")]
+    assert configs[0]["r"] == configs[1]["r"]
+    load_model(tmp_path / "tuned")
+
+
+def test_the_same_seed_gives_the_same_bits(esmerge, write_recipe, tmp_path):
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        file = write_recipe(seed=seed, epochs=1)
+        assert esmerge("finetune", file, "-o", tmp_path / name, "--quiet")[0] == 0
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "again"))
+    assert not same(weights(tmp_path / "first"), weights(tmp_path / "other"))
+
+
+@pytest.fixture
+def start(esmerge_program):
+    def start(file, output, *arguments):
+        command = [esmerge_program, "finetune", file, "-o", output, "--quiet", "--accelerator", "cpu", *arguments]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def finish(process):
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+
+
+def kill_after_a_checkpoint(process, work):
+    deadline = time.monotonic() + 120
+    while not (work / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(start, write_recipe, tmp_path):
+    file = write_recipe(epochs=12, validation={"per_epoch": 3, "patience": 30})
+    finish(start(file, tmp_path / "whole"))
+    kill_after_a_checkpoint(start(file, tmp_path / "killed"), tmp_path / ".killed.finetuning")
+    assert not (tmp_path / "killed").exists()
+    finish(start(file, tmp_path / "killed", "--resume"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    records = [yaml.safe_load((tmp_path / name / "finetuning.yaml").read_text()) for name in ("whole", "killed")]
+    assert records[0]["validation_loss"] == records[1]["validation_loss"]
+    # Other work is not gone on with.
+    kill_after_a_checkpoint(start(file, tmp_path / "killed2"), tmp_path / ".killed2.finetuning")
+    process = start(write_recipe(epochs=11), tmp_path / "killed2", "--resume")
+    assert "differs in recipe" in process.communicate()[1]
+    assert process.returncode == 2
+
+
+def test_two_processes_train_one_model(start, write_recipe, tmp_path):
+    # 40 samples in batches of 3 for two processes: 14 batches, 7 steps. The validation loss is over all 12 samples.
+    for name in ("first", "again"):
+        finish(start(write_recipe(batch_size=3, epochs=2), tmp_path / name, "--devices", 2))
+    record = yaml.safe_load((tmp_path / "first" / "finetuning.yaml").read_text())
+    assert record["steps"] == 14
+    assert record["devices"] == 2
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "again"))
+    finish(start(write_recipe(batch_size=3, epochs=2, learning_rate=1e-9), tmp_path / "two", "--devices", 2))
+    finish(start(write_recipe(batch_size=3, epochs=2, learning_rate=1e-9), tmp_path / "one"))
+    losses = [yaml.safe_load((tmp_path / n / "finetuning.yaml").read_text())["validation_loss"] for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_stops_early(esmerge, write_recipe, tmp_path):
+    file = write_recipe(learning_rate=1e-12, epochs=20, validation={"per_epoch": 1, "patience": 2})
+    assert esmerge("finetune", file, "-o", tmp_path / "tuned", "--quiet")[0] == 0
+    record = yaml.safe_load((tmp_path / "tuned" / "finetuning.yaml").read_text())
+    assert 20 <= record["steps"] <= 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"epoch": 1}, "epoch is no known field; did you mean epochs?"),
+        ({"tasks": []}, "tasks"),
+        ({"tasks": ["b3bd"]}, "did you mean b3db?"),
+        ({"tasks": ["toy.yaml", "toy.yaml"]}, "stands there twice"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"targets": ["nowhere"]}}, "lora.targets"),
+        ({"validation": {"split": "dev"}}, "dev"),
+        ({"model": "nowhere/at/all"}, "model"),
+        ({"chat_template": "nowhere.jinja"}, "nowhere.jinja"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(esmerge, write_recipe, tmp_path, changes, culprit):
+    code, _, err = esmerge("finetune", write_recipe(**changes), "-o", tmp_path / "tuned", "--quiet")
+    assert code == 2, err
+    said = [line for line in err.splitlines() if line.startswith("esmerge:")]
+    assert len(said) == 1
+    assert culprit in said[0]
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_the_output_exists(esmerge, write_recipe, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    code, _, err = esmerge("finetune", write_recipe(), "-o", tmp_path / "tuned")
+    assert code == 2
+    assert "exists" in err
+
+
+def test_every_example_is_seen_once_in_an_epoch(tokenizer):
+    examples = [TokenizedExample([1] * (n % 7 + 1), [2]) for n in range(37)]
+    for ranks, per_epoch in ((1, 1), (1, 3), (2, 2), (3, 4)):
+        data = FinetuningData(examples, [], MllmProcessor(tokenizer), 4, 2, per_epoch, 0, ranks)
+        rounds = [[data.round_batches(number, rank) for rank in range(ranks)] for number in range(data.rounds)]
+        assert all(len({len(own) for own in shares}) == 1 for shares in rounds)
+        steps = [[own[step] for own in shares] for shares in rounds for step in range(len(shares[0]))]
+        assert len(steps) == data.steps == 2 * data.steps_per_epoch
+        for epoch in range(2):
+            batches = [b for step in steps[epoch * data.steps_per_epoch :][: data.steps_per_epoch] for b in step]
+            assert sorted(index for batch in batches[: -(-37 // 4)] for index in batch) == list(range(37))
