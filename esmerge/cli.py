@@ -442,8 +442,8 @@ def main() -> None:
         if end.code == 130:  # what typer makes of Ctrl-C
             _interrupted(debug)
         raise
-    except KeyboardInterrupt:
-        _interrupted(debug)
+    except KeyboardInterrupt as error:
+        _interrupted(debug, str(error))
     except OSError as error:
         if error.errno in _NO_ROOM:
             reason = _NO_ROOM[error.errno]
@@ -473,9 +473,9 @@ def _imported() -> None:
     gc.enable()
 
 
-def _interrupted(debug: bool) -> NoReturn:
+def _interrupted(debug: bool, hint: str = "") -> NoReturn:
     print(file=sys.stderr)  # ends the line of a progress bar, or of the terminal's ^C
-    _fail("interrupted; nothing was written.", 130, debug)
+    _fail(f"interrupted; {hint or 'nothing was written'}.", 130, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

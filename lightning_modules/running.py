@@ -109,7 +109,7 @@ def make_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
         if name not in _LOGGERS:
             raise InputError(f"--logger {name} is not known (known: {', '.join(_LOGGERS)}).")
         try:
-            made.append(_LOGGERS[name](save_dir=folder))
+            made.append(_LOGGERS[name](save_dir=folder, name=""))
         except ModuleNotFoundError as error:
             raise InputError(f"--logger {name} needs a package that is not installed: pip install {name}.") from error
     return made
@@ -117,7 +117,7 @@ def make_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Drops Lightning's notes about hardware, loaders and products."""
+    """Drops Lightning's notes about hardware, loaders and products; Ctrl-C stays what it is."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -127,6 +127,9 @@ def quiet_lightning() -> Iterator[None]:
             for module in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
                 warnings.filterwarnings("ignore", module=module)
             yield
+    except SystemExit as end:
+        # What Lightning makes of Ctrl-C, after it has stopped the other processes.
+        raise KeyboardInterrupt("the same command with --resume goes on") from end
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

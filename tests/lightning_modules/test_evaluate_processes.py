@@ -29,23 +29,26 @@ def start(esmerge_program, text_model):
 
 
 @pytest.fixture
-def run(start):
-    """A function that runs such an evaluation, which must succeed."""
+def run(start, esmerge, text_model):
+    """A function that runs such an evaluation to its end, with several devices in processes of their own."""
 
     def run(*arguments):
-        process = start(*arguments)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+        if "--devices" in arguments:
+            process = start(*arguments)
+            out, err = process.communicate(timeout=240)
+            code = process.returncode
+        else:
+            code, out, err = esmerge("evaluate", text_model, "--quiet", *arguments)
+        assert code == 0, err
         return out
 
     return run
 
 
-@pytest.mark.parametrize("score", ["likelihood", "generate"])
-def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path, score):
+def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path):
     # 23 samples in batches of 3 are eight batches, the last of two samples; 5 in batches of 3 are two.
     tasks = ["--task", write_task(23), "--task", write_task(7, name="small")]
-    arguments = [*tasks, "--batch-size", 3, "--score", score, "--accelerator", "cpu"]
+    arguments = [*tasks, "--batch-size", 3, "--accelerator", "cpu"]
     run(*arguments, "-o", tmp_path / "one")
     for strategy in ("ddp", "fsdp"):
         output = tmp_path / strategy
@@ -59,7 +62,7 @@ def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path,
             assert second["settings"]["devices"] == 2
 
 
-def kill_in_the_middle(process, folder, after):
+def kill_in_the_middle(process, folder, after, how=signal.SIGKILL):
     """Kill a process when so many records are on the disk."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -67,8 +70,8 @@ def kill_in_the_middle(process, folder, after):
             break
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, how)
+    return process.communicate()[1]
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_results(start, run, write_task, results_of, text_model, tmp_path):
@@ -92,6 +95,13 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(start, run, write_task,
     assert (text_model / "results" / "toy.json").stat().st_mtime_ns == before
 
 
+def test_interrupted_from_the_keyboard(start, write_task, text_model):
+    process = start("--task", write_task(400), "--batch-size", 1)
+    err = kill_in_the_middle(process, text_model / "results" / ".toy.unfinished", 20, signal.SIGINT)
+    assert process.returncode == 130
+    assert err.strip() == "esmerge: interrupted; the same command with --resume goes on."
+
+
 def test_goes_on_with_another_number_of_devices(start, run, write_task, text_model, tmp_path):
     arguments = ["--task", write_task(400), "--batch-size", 3, "--accelerator", "cpu"]
     run(*arguments, "-o", tmp_path / "whole")
@@ -101,19 +111,18 @@ def test_goes_on_with_another_number_of_devices(start, run, write_task, text_mod
     assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
-def test_a_damaged_log_is_one_sentence(start, write_task, text_model):
+def test_a_damaged_log_is_one_sentence(start, esmerge, write_task, text_model):
     arguments = ["--task", write_task(400), "--batch-size", 3]
     unfinished = text_model / "results" / ".toy.unfinished"
     kill_in_the_middle(start(*arguments), unfinished, after=20)
     lines = (unfinished / "rank0.jsonl").read_text().splitlines(keepends=True)
     (unfinished / "rank0.jsonl").write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
-    process = start(*arguments, "--resume")
-    _, err = process.communicate()
-    assert process.returncode == 2
+    code, _, err = esmerge("evaluate", text_model, "--quiet", *arguments, "--resume")
+    assert code == 2
     assert "rank0.jsonl, line 2 is no record of a sample" in err
     assert len(err.strip().splitlines()) == 1
-    process = start(*arguments[:2], "--batch-size", 4, "--resume")
-    assert "differs in batch_size" in process.communicate()[1]
+    err = esmerge("evaluate", text_model, "--quiet", *arguments[:2], "--batch-size", 4, "--resume")[2]
+    assert "differs in batch_size" in err
 
 
 def test_the_batch_size_is_halved_until_it_fits(text_model, write_task):

@@ -67,7 +67,7 @@ def test_jointly_trained_adapter_learns_and_is_evaluated_and_merged(
     for folder in (llama / "base", tmp_path / "tuned"):
         output = tmp_path / f"results-{folder.name}"
         assert esmerge("evaluate", folder, "--task", tmp_path / "toy.yaml", "--quiet", "-o", output)[0] == 0
-    found = [results_of(tmp_path / f"results-{name}")[0]["scores"]["accuracy"]["value"] for name in ("base", "tuned")]
+    found = [results_of(tmp_path / f"results-{name}")[0]["scores"]["auroc"]["value"] for name in ("base", "tuned")]
     assert found[1] == 1 > found[0]
     # The weights are those of the lowest of the validation losses that were logged.
     logged = (tmp_path / "tuned" / "logs").rglob("metrics.csv")
@@ -116,11 +116,6 @@ def start(esmerge_program):
     return start
 
 
-def finish(process):
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-
-
 def kill_after_a_checkpoint(process, work):
     deadline = time.monotonic() + 120
     while not (work / "checkpoints" / "last.ckpt").exists():
@@ -131,34 +126,40 @@ def kill_after_a_checkpoint(process, work):
     process.wait()
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(start, write_recipe, tmp_path):
+def test_a_killed_training_goes_on_to_the_same_bits(start, esmerge, write_recipe, tmp_path):
     file = write_recipe(epochs=12, validation={"per_epoch": 3, "patience": 30})
-    finish(start(file, tmp_path / "whole"))
-    kill_after_a_checkpoint(start(file, tmp_path / "killed"), tmp_path / ".killed.finetuning")
-    assert not (tmp_path / "killed").exists()
-    finish(start(file, tmp_path / "killed", "--resume"))
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    records = [yaml.safe_load((tmp_path / name / "finetuning.yaml").read_text()) for name in ("whole", "killed")]
-    assert records[0]["validation_loss"] == records[1]["validation_loss"]
+    killed = tmp_path / "killed"
+    assert esmerge("finetune", file, "-o", tmp_path / "whole", "--quiet")[0] == 0
+    kill_after_a_checkpoint(start(file, killed), tmp_path / ".killed.finetuning")
+    assert not killed.exists()
     # Other work is not gone on with.
-    kill_after_a_checkpoint(start(file, tmp_path / "killed2"), tmp_path / ".killed2.finetuning")
-    process = start(write_recipe(epochs=11), tmp_path / "killed2", "--resume")
-    assert "differs in recipe" in process.communicate()[1]
-    assert process.returncode == 2
+    code, _, err = esmerge("finetune", write_recipe("other", epochs=11), "-o", killed, "--quiet", "--resume")
+    assert code == 2
+    assert "differs in recipe" in err
+    code, _, err = esmerge("finetune", file, "-o", killed, "--quiet", "--resume")
+    assert code == 0, err
+    assert same(weights(tmp_path / "whole"), weights(killed))
+    losses = [
+        yaml.safe_load((f / "finetuning.yaml").read_text())["validation_loss"] for f in (tmp_path / "whole", killed)
+    ]
+    assert losses[0] == losses[1]
 
 
-def test_two_processes_train_one_model(start, write_recipe, tmp_path):
+def test_two_processes_train_one_model(start, esmerge, write_recipe, tmp_path):
     # 40 samples in batches of 3 for two processes: 14 batches, 7 steps. The validation loss is over all 12 samples.
-    for name in ("first", "again"):
-        finish(start(write_recipe(batch_size=3, epochs=2), tmp_path / name, "--devices", 2))
-    record = yaml.safe_load((tmp_path / "first" / "finetuning.yaml").read_text())
-    assert record["steps"] == 14
-    assert record["devices"] == 2
-    assert same(weights(tmp_path / "first"), weights(tmp_path / "again"))
-    finish(start(write_recipe(batch_size=3, epochs=2, learning_rate=1e-9), tmp_path / "two", "--devices", 2))
-    finish(start(write_recipe(batch_size=3, epochs=2, learning_rate=1e-9), tmp_path / "one"))
-    losses = [yaml.safe_load((tmp_path / n / "finetuning.yaml").read_text())["validation_loss"] for n in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    records = {}
+    for name, rate, devices in (("trained", 0.01, 2), ("two", 1e-9, 2), ("one", 1e-9, 1)):
+        file, output = write_recipe(name, batch_size=3, epochs=2, learning_rate=rate), tmp_path / f"{name}-out"
+        if devices == 1:
+            assert esmerge("finetune", file, "-o", output, "--quiet")[0] == 0
+        else:
+            process = start(file, output, "--devices", devices)
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+        records[name] = yaml.safe_load((output / "finetuning.yaml").read_text())
+    assert records["two"]["steps"] == records["trained"]["steps"] == 14
+    assert records["two"]["validation_loss"] == pytest.approx(records["one"]["validation_loss"], abs=1e-6)
+    assert records["trained"]["validation_loss"] < records["one"]["validation_loss"] - 0.1
 
 
 def test_stops_early(esmerge, write_recipe, tmp_path):
