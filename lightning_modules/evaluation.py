@@ -161,7 +161,7 @@ class Evaluation(LightningModule):
             batches = {name: {k: t.to(self.device) for k, t in batch.items()} for name, batch in features.items()}
             table = soft_token_table(self.model, batches)
         else:
-            embeddings: Tensor = self.model.get_input_embeddings().weight
+            embeddings: Any = self.model.get_input_embeddings().weight
             table = embeddings[:1]  # never looked at
         return prompts, WithSoftIds(self.model, table)
 

@@ -1,5 +1,7 @@
 """Fully sharded data parallelism (FSDP2): every rank holds a part of the LLM's weights and gets the rest as needed."""
 
+from typing import Any
+
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +15,7 @@ def shard_llm(llm: nn.Module, mesh: DeviceMesh) -> None:
     A layer's weights are put together before it runs and let go after it, so the memory for weights is that of one
     layer and of a rank's share of all others. Results are the same to the last bit.
     """
-    plain = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    plain: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     for layer in decoder_layers(plain):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     # Embeddings are looked up outside of the LLM's forward too, where soft tokens are put in place.
