@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from esmerge.errors import InputError
+from esmerge.errors import InputError, Interrupted
 
 app = typer.Typer(
     name="esmerge",
@@ -442,8 +442,10 @@ def main() -> None:
         if end.code == 130:  # what typer makes of Ctrl-C
             _interrupted(debug)
         raise
-    except KeyboardInterrupt as error:
+    except Interrupted as error:
         _interrupted(debug, str(error))
+    except KeyboardInterrupt:
+        _interrupted(debug)
     except OSError as error:
         if error.errno in _NO_ROOM:
             reason = _NO_ROOM[error.errno]
@@ -473,9 +475,9 @@ def _imported() -> None:
     gc.enable()
 
 
-def _interrupted(debug: bool, hint: str = "") -> NoReturn:
+def _interrupted(debug: bool, hint: str = "nothing was written") -> NoReturn:
     print(file=sys.stderr)  # ends the line of a progress bar, or of the terminal's ^C
-    _fail(f"interrupted; {hint or 'nothing was written'}.", 130, debug)
+    _fail(f"interrupted; {hint}.", 130, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The one exception for things the user can put right."""
+"""Exceptions whose messages are for the user."""
 
 
 class InputError(Exception):
@@ -6,3 +6,7 @@ class InputError(Exception):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt
+    """Ctrl-C in work that can be gone on with; the message says how. The command line exits with code 130."""
