@@ -1,6 +1,7 @@
 """`esmerge evaluate` on one page: a model and tasks in, results/<task>.json and results/<task>.jsonl out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,32 +111,32 @@ def evaluate(
     pending = [task for task in prepared if results[task.task.name] is None]
     if pending:
         trainer = _trainer(pending, settings, folder)
-        if first:
+        with ExitStack() as logs:
             for task in pending:
-                task.log.begin(runs[task.task.name], settings.resume)
-        module = _answer(pending, partial(_load, model, settings), settings, trainer)
-        if not trainer.is_global_zero:
-            return {}
-        for task in pending:
-            records = task.log.finish(folder / RESULTS_FOLDER, [sample.id for sample in task.samples])
-            scores = _scores(task, records, settings)
-            found = {
-                "task": describe_task(task.task),
-                "model": identity,
-                **summary(records, task.task.choices, scores),
-                "items": _forms(task.samples, writer),
-                "run": runs[task.task.name],
-                "settings": _described(settings, module, task),
-                "esmerge": esmerge_recipe(source.folder),
-                "versions": all_versions(),
-                **module.speed(task),
-            }
-            for logger in module.loggers:
-                logger.log_metrics({f"{task.task.name}/{name}": score.value for name, score in scores.items()})
-                logger.save()
-            write_results(results_file(folder, task.task.name), found)
-            task.log.remove()
-            results[task.task.name] = found
+                logs.enter_context(task.log)
+                if first:
+                    task.log.begin(runs[task.task.name], settings.resume)
+            module = _answer(pending, partial(_load, model, settings), settings, trainer)
+            if not trainer.is_global_zero:
+                return {}
+            for task in pending:
+                records = task.log.finish(folder / RESULTS_FOLDER, [sample.id for sample in task.samples])
+                scores = _scores(task, records, settings)
+                found = {
+                    "task": describe_task(task.task),
+                    "model": identity,
+                    **summary(records, task.task.choices, scores),
+                    "items": _forms(task.samples, writer),
+                    "run": runs[task.task.name],
+                    "settings": _described(settings, module, task),
+                    "esmerge": esmerge_recipe(source.folder),
+                    "versions": all_versions(),
+                    **module.speed(task),
+                }
+                _log(module, task.task.name, scores)
+                write_results(results_file(folder, task.task.name), found)
+                task.log.remove()
+                results[task.task.name] = found
     return {name: found for name, found in results.items() if found is not None}
 
 
@@ -251,6 +252,12 @@ def _scores(task: EvaluatedTask, records: Sequence[Record], settings: Evaluation
     extra = ("total_accuracy", "invalid_rate") if generated else ()
     wanted = list(dict.fromkeys((*task.task.metrics, *extra)))
     return scores_with_intervals(outcomes, wanted, settings.seed)
+
+
+def _log(module: Evaluation, task: str, scores: Mapping[str, Score]) -> None:
+    for logger in module.loggers:
+        logger.log_metrics({f"{task}/{name}": score.value for name, score in scores.items()})
+        logger.save()
 
 
 def _forms(samples: Sequence[Sample], writer: PromptWriter) -> dict[str, str]:

@@ -85,37 +85,30 @@ def finetune(
     devices.check(len(data.training))
     work = UnfinishedFolder(output.parent / f".{output.name}.finetuning", f"the training of {output}")
     trainer = _trainer(recipe, data, devices, work.folder, progress)
-    if rank_zero_only.rank == 0:
-        work.begin(_run_of(recipe, data, describe_model(source, base), devices), resume)
-    if not progress or rank_zero_only.rank != 0:
-        disable_progress_bar()  # of the weights' loading
-    model, processor = _load(recipe, source, base, devices)
-    rates = (recipe.learning_rate, recipe.encoder_learning_rate, recipe.warmup_share, recipe.weight_decay)
-    module = JudgedFinetuning(model, *rates)
-    module.seed, module.steps = recipe.seed, data.steps
-    last = work.folder / _CHECKPOINTS / "last.ckpt"
-    with quiet_lightning():
-        trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None, weights_only=True)
-    if not trainer.is_global_zero:
-        return {}
-    loss = _take_best(module, trainer)
-    record = {
-        "recipe": portable(recipe.model_dump(mode="json", exclude_none=True)),
-        "model": describe_model(source, base),
-        "samples": {name: len(examples) for name, examples in training.items()},
-        "steps": trainer.global_step,
-        "devices": devices.count,
-        **({} if loss is None else {_LOSS: loss}),
-        "versions": all_versions(),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    result = work.folder / "result"
-    _save(module.model, processor, source, base, result)
-    (result / RECORD).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    if (work.folder / _LOGS).exists():
-        shutil.move(work.folder / _LOGS, result / _LOGS)
-    result.rename(output)
-    work.remove()
+    with work:
+        if rank_zero_only.rank == 0:
+            work.begin(_run_of(recipe, data, describe_model(source, base), devices), resume)
+        module, processor = _fit(recipe, source, base, data, devices, trainer, work.folder if resume else None)
+        if not trainer.is_global_zero:
+            return {}
+        loss = _take_best(module, trainer)
+        record = {
+            "recipe": portable(recipe.model_dump(mode="json", exclude_none=True)),
+            "model": describe_model(source, base),
+            "samples": {name: len(examples) for name, examples in training.items()},
+            "steps": trainer.global_step,
+            "devices": devices.count,
+            **({} if loss is None else {_LOSS: loss}),
+            "versions": all_versions(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        result = work.folder / "result"
+        _save(module.model, processor, source, base, result)
+        (result / RECORD).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if (work.folder / _LOGS).exists():
+            shutil.move(work.folder / _LOGS, result / _LOGS)
+        result.rename(output)
+        work.remove()
     return record
 
 
@@ -266,6 +259,30 @@ def _load(
             # Small updates would be lost in less.
             parameter.data = parameter.data.float()
     return model, processor
+
+
+def _fit(
+    recipe: FinetuningRecipe,
+    source: Source,
+    base: str | None,
+    data: FinetuningData,
+    devices: Devices,
+    trainer: Trainer,
+    interrupted: Path | None,
+) -> tuple["JudgedFinetuning", MllmProcessor]:
+    """Train, from the last checkpoint of an interrupted training if there is one."""
+    if not trainer.progress_bar_callback or rank_zero_only.rank != 0:
+        disable_progress_bar()  # of the weights' loading
+    model, processor = _load(recipe, source, base, devices)
+    rates = (recipe.learning_rate, recipe.encoder_learning_rate, recipe.warmup_share, recipe.weight_decay)
+    module = JudgedFinetuning(model, *rates)
+    module.seed, module.steps = recipe.seed, data.steps
+    last = None if interrupted is None else interrupted / _CHECKPOINTS / "last.ckpt"
+    with quiet_lightning():
+        trainer.fit(
+            module, datamodule=data, ckpt_path=last if last is not None and last.exists() else None, weights_only=True
+        )
+    return module, processor
 
 
 def _take_best(module: AnswerFinetuning, trainer: Trainer) -> float | None:

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from esmerge.errors import InputError
 
@@ -14,7 +14,7 @@ _LOCK_FILE = ".lock"
 
 
 class UnfinishedFolder:
-    """What an interrupted run leaves, to go on from.
+    """What an interrupted run leaves, to go on from; a context that lets other runs at it when it ends.
 
     Args:
         folder: hidden, beside the place of the result.
@@ -25,6 +25,14 @@ class UnfinishedFolder:
         self.folder = folder
         self.what = what
         self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def begin(self, run: Mapping[str, Any], resume: bool) -> bool:
         """Make the folder, or keep what is in it; whether there was something to go on from.
@@ -77,6 +85,3 @@ class UnfinishedFolder:
     def remove(self) -> None:
         """The work is finished."""
         shutil.rmtree(self.folder)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
