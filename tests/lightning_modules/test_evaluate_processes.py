@@ -135,10 +135,10 @@ from lightning_modules.likelihood import AnswerScorer
 evaluation.first_batch_size = lambda *arguments: 64
 tried = []
 score = AnswerScorer.__call__
-def scarce(self, prompts):
+def scarce(self, prompts, reader):
     tried.append(len(prompts))
     ballast = torch.empty(len(prompts) * (1 << 28), dtype=torch.uint8)
-    return score(self, prompts)
+    return score(self, prompts, reader)
 AnswerScorer.__call__ = scarce
 from esmerge.cli import main
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
