@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench hub clean
 
 demo: $(VENV)/ready
 	$(BIN)/esmerge demo -o demo
@@ -19,6 +19,10 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# A Hub to try things on, until Ctrl-C; its first line says what to export.
+hub: $(VENV)/ready
+	$(BIN)/python tests/hub_server.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed.coefficients

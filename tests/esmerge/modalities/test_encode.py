@@ -147,8 +147,9 @@ def run_here(*command):
 def test_several_writers_at_once(tmp_path):
     command = [sys.executable, "-c", PROGRAM, tmp_path / "cache"]
     writers = [subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
-    sums = {writer.communicate()[0] for writer in writers}
-    assert len(sums) == 1 and b"." in sums.pop()
+    sums = [float(writer.communicate()[0]) for writer in writers]
+    # What one finds done by another depends on chance, and the size of a batch changes the last digit.
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 29
     assert not list((tmp_path / "cache").rglob("*.part"))
 
