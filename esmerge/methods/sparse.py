@@ -107,7 +107,9 @@ def magnitude_prune(
     normalize: bool = False,
     lambda_: Finite = 1.0,
 ) -> Tensor:
-    """Task arithmetic on the largest elements of each delta (as PEFT's `magnitude_prune`).
+    """Task arithmetic on the largest elements of each delta (pruning of Han et al. 2015, arXiv 1506.02626, section 3).
+
+    As PEFT's `magnitude_prune`: lambda sum w_i (m_i * tau_i), m_i = 1 where |tau_i| is at least its threshold.
 
     Args:
         density: share of elements kept, by magnitude.
@@ -150,6 +152,8 @@ def dare_linear(
 ) -> Tensor:
     """Drop at random and rescale, then add (Yu et al. 2024, "DARE", arXiv 2311.03099, section 3.2).
 
+    tau_i becomes m_i * tau_i / density, m_i being 1 with probability `density` (their eq. 1, p = 1 - density).
+
     Args:
         density: share of elements kept; the kept ones are divided by it.
         normalize: divide by the sum of the weights.
@@ -169,7 +173,7 @@ def dare_ties(
     lambda_: Finite = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Drop at random and rescale (DARE, arXiv 2311.03099), then elect sign and merge as TIES does.
+    """Drop at random and rescale (DARE, arXiv 2311.03099, eq. 1), then elect sign and merge as TIES does.
 
     Args:
         density: share of elements kept; the kept ones are divided by it.
@@ -212,7 +216,7 @@ def breadcrumbs_ties(
     normalize: bool = False,
     lambda_: Finite = 1.0,
 ) -> Tensor:
-    """Breadcrumbs (arXiv 2312.06795), then elect sign and merge as TIES does.
+    """Breadcrumbs (arXiv 2312.06795, eq. 2), then elect sign and merge as TIES does.
 
     Args:
         density: share of elements kept.
@@ -237,6 +241,9 @@ def della_linear(
 ) -> Tensor:
     """Drop at random, small elements rather than large ones, rescale, then add (Deep et al. 2024, arXiv 2406.11617).
 
+    Their MagPrune (section 3.1): element of rank r (0 the smallest) among n of its row stays with probability
+    p_r = density - epsilon + 2 epsilon r / (n - 1), and is divided by p_r.
+
     Args:
         density: mean share of elements kept.
         epsilon: half the spread of the keeping probabilities over the ranks of a row.
@@ -258,7 +265,7 @@ def della(
     lambda_: Finite = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """DELLA (arXiv 2406.11617, section 3): MagPrune, then elect sign and merge.
+    """DELLA (arXiv 2406.11617, section 3): MagPrune as in `della_linear`, then elect sign and merge.
 
     Args:
         density: mean share of elements kept.
