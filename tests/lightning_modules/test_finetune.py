@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,9 +11,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esmerge.mllm import MllmProcessor
-from esmerge.mllm.loading import load_model
+from esmerge.mllm.loading import assemble, load_model
+from esmerge.modalities import modality_from_settings
+from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder
 from lightning_modules.data import TokenizedExample
 from lightning_modules.finetuning_data import FinetuningData
 
@@ -211,3 +215,53 @@ def test_every_example_is_seen_once_in_an_epoch(tokenizer):
         for epoch in range(2):
             batches = [b for step in steps[epoch * data.steps_per_epoch :][: data.steps_per_epoch] for b in step]
             assert sorted(index for batch in batches[: -(-37 // 4)] for index in batch) == list(range(37))
+
+
+@pytest.fixture
+def with_encoder(llama, modality_settings, tmp_path):
+    """A multimodal checkpoint and an adapter with `modalities/`, both with an encoder for molecules."""
+    torch.manual_seed(0)
+    modality = modality_from_settings(modality_settings["molecule"], "molecule")
+    encoder = modality.build(32)
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    save_encoder(modality, encoder, adapter / MODALITIES_FOLDER / "molecule")
+    llm = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+    processor = MllmProcessor(AutoTokenizer.from_pretrained(llama / "base"), {"molecule": modality})
+    assemble(llm, processor, {"molecule": encoder}).save_pretrained(tmp_path / "full")
+    processor.save_pretrained(tmp_path / "full")
+    return {"adapter": adapter, "full": tmp_path / "full"}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_encoders_are_trained_along_if_that_is_asked_for(
+    esmerge, write_recipe, with_encoder, llama, tmp_path, kind, trained
+):
+    base = str(llama / "base") if kind == "adapter" else None
+    file = write_recipe(model=str(with_encoder[kind]), base=base, train_encoders=trained, epochs=1)
+    code, _, err = esmerge("finetune", file, "-o", tmp_path / "tuned", "--quiet")
+    assert code == 0, err
+    before, after = load_model(with_encoder[kind], base)[0], load_model(tmp_path / "tuned")[0]
+    pairs = zip(before.encoders.parameters(), after.encoders.parameters(), strict=True)
+    assert all(torch.equal(old, new) for old, new in pairs) is not trained
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert not torch.allclose(before(input_ids=ids).logits, after(input_ids=ids).logits, atol=1e-3)
+    assert (tmp_path / "tuned" / "adapter_config.json").exists() is (kind == "adapter")
+    assert esmerge("evaluate", tmp_path / "tuned", "--task", tmp_path / "toy.yaml", "--quiet")[0] == 0
+
+
+def test_two_processes_train_encoders_that_are_not_in_every_batch(start, write_recipe, with_encoder, llama, tmp_path):
+    recipe = yaml.safe_load(
+        write_recipe(
+            model=str(with_encoder["adapter"]), base=str(llama / "base"), train_encoders=True, epochs=1
+        ).read_text()
+    )
+    # A second task asks about the text alone.
+    task = yaml.safe_load((tmp_path / "toy.yaml").read_text())
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump({**task, "name": "text", "modalities": ["none"]}))
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({**recipe, "tasks": ["toy.yaml", "text.yaml"], "batch_size": 2}))
+    process = start(tmp_path / "both.yaml", tmp_path / "tuned", "--devices", 2)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert yaml.safe_load((tmp_path / "tuned" / "finetuning.yaml").read_text())["samples"] == {"toy": 40, "text": 40}
