@@ -162,6 +162,35 @@ def write_card(folder: Path, card: Card) -> None:
             part.replace(file)
 
 
+def lost_edits(there: str, here: str) -> list[str]:
+    """What a person changed in a card elsewhere, after it was written, that another card has not.
+
+    Args:
+        there: the card that may have been edited.
+        here: the card that is to take its place.
+
+    Returns:
+        Names of fields of the metadata and headings of sections.
+    """
+    there = there.removeprefix("\ufeff").replace("\r\n", "\n")
+    theirs, ours = _parse_card(there), _parse_card(here)
+    if theirs.state.get("text") == digest(_STATE.sub("\n", there)):
+        return []
+    lost = []
+    for parts, others, kind in (
+        (theirs.metadata, ours.metadata, "metadata"),
+        (theirs.sections, ours.sections, "sections"),
+    ):
+        written = theirs.state.get(kind, {})
+        lost += [
+            name
+            for name, part in parts.items()
+            if digest(part) != written.get(name) and (name not in others or digest(part) != digest(others[name]))
+        ]
+        lost += [name for name in written if name not in parts and name in others]
+    return [name or "the beginning" for name in lost]
+
+
 @dataclass(frozen=True)
 class _Before:
     """The card that is there already; empty if there is none."""
@@ -194,6 +223,13 @@ def _read_card(file: Path) -> _Before:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is no text in UTF-8: save it as such, or move it away.") from error
+    before = _parse_card(text)
+    if text.lstrip().startswith("---") and not before.metadata:
+        raise InputError(f"the metadata at the top of {file} are no YAML mapping: correct or remove them.")
+    return before
+
+
+def _parse_card(text: str) -> _Before:
     state: Any = {}
     if found := list(_STATE.finditer(text)):
         try:
@@ -201,16 +237,15 @@ def _read_card(file: Path) -> _Before:
         except ValueError:
             state = {}
     metadata, body = read_front_matter(text)
-    if text.lstrip().startswith("---") and not metadata:
-        raise InputError(f"the metadata at the top of {file} are no YAML mapping: correct or remove them.")
     return _Before(metadata, split_sections(_STATE.sub("\n", body)), state if isinstance(state, dict) else {})
 
 
 def _assemble(metadata: Mapping[str, Any], sections: Mapping[str, str], state: Mapping[str, Any], file: Path) -> str:
-    # A comment ends at the first "-->".
-    remembered = json.dumps(state, ensure_ascii=False).replace(">", "\\u003e")
     front = yaml_dump(dict(metadata), sort_keys=False).strip()
-    text = f"---\n{front}\n---\n\n{join_sections(sections)}\n<!-- esmerge card {remembered} -->\n"
+    text = f"---\n{front}\n---\n\n{join_sections(sections)}"
+    # A comment ends at the first "-->".
+    remembered = json.dumps({**state, "text": digest(text)}, ensure_ascii=False).replace(">", "\\u003e")
+    text += f"\n<!-- esmerge card {remembered} -->\n"
     try:
         ModelCard(text)
     except (ValueError, TypeError) as error:

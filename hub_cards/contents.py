@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.modalities.registry import MODALITIES_FOLDER
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE
 from esmerge.sources import read_json
 from hub_cards.card import CARD_FILE, Card
+from hub_cards.loading_check import check_loads
 from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
 from hub_cards.parents import REPO_ID, Parent
 from hub_cards.portable import portable
@@ -104,7 +104,7 @@ def collect(model: MergedModel, card: Card, base: Parent, token: str | None) -> 
     uploads = sorted([*uploads, *(Upload(*file) for file in card.files.items())], key=lambda upload: upload.path)
     for upload in uploads:
         _check_size(upload)
-    check_weights(model)
+    check_loads(model)
     for upload in uploads:
         _check_leaks(upload, model.folder, token)
     sent = {upload.path for upload in uploads}
@@ -114,15 +114,6 @@ def collect(model: MergedModel, card: Card, base: Parent, token: str | None) -> 
 def is_of_a_model(path: str) -> bool:
     """Whether a file in a repository is one that a merged model replaces as a whole."""
     return any(fnmatchcase(path, pattern) for pattern in _MODEL)
-
-
-def check_weights(model: MergedModel) -> None:
-    """Open all weights: every shard that an index names, every encoder; `InputError` names what is broken."""
-    with Checkpoint.open(model.folder, model.stem) as checkpoint:
-        if not len(list(checkpoint)):
-            raise InputError(f"{model.folder} holds no tensor: merge again.")
-    for file in sorted((model.folder / MODALITIES_FOLDER).rglob("*.safetensors")):
-        Checkpoint.open_file(file).close()
 
 
 def _paths(folder: Path) -> list[str]:

@@ -40,12 +40,14 @@ class Plan:
         destination: with the message.
         exists: whether the repository does; private: whether it is, or will be.
         parent: the commit that this one follows; None in a new repository.
+        revision: the branch or pull request that it is on; None for main, or if a pull request is to be opened.
     """
 
     destination: Destination
     exists: bool
     private: bool
     parent: str | None
+    revision: str | None
     added: Sequence[Upload] = ()
     changed: Sequence[Upload] = ()
     removed: Sequence[str] = ()

@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from esmerge import __version__
 from esmerge.errors import InputError
-from hub_cards.card import CARD_FILE, Card, Choices, make_card, write_card
+from hub_cards.card import CARD_FILE, Card, Choices, lost_edits, make_card, write_card
 from hub_cards.contents import Upload, collect, stale_files
 from hub_cards.hub_errors import LOG_IN, hub_errors
 from hub_cards.merged_model import open_merged_model
@@ -98,6 +98,7 @@ def publish(
         plan = _compare(destination, repository, uploads)
         plan = replace(plan, left_out=left_out, notes=card.notes)
         _check_tag(plan, repository)
+        _check_edits(api, plan, card)
         if (not plan.is_empty or (destination.tag and destination.tag not in repository.tags)) and not confirm(plan):
             return None
         write_card(folder, card)
@@ -216,6 +217,7 @@ def _compare(destination: Destination, repository: _Repository, uploads: Sequenc
         repository.exists,
         repository.private,
         repository.commit,
+        repository.revision,
         added,
         changed,
         stale_files(list(repository.files), [upload.path for upload in uploads]),
@@ -240,6 +242,20 @@ def _check_tag(plan: Plan, repository: _Repository) -> None:
         raise InputError(
             f"{plan.destination.repo_id} has a tag {tag} already, for commit {repository.tags[tag][:12]}: choose "
             "another, or delete that one first."
+        )
+
+
+def _check_edits(api: HfApi, plan: Plan, card: Card) -> None:
+    """Raise `InputError` if somebody edited the card in the repository, and not here."""
+    if not any(upload.path == CARD_FILE for upload in plan.changed):
+        return
+    repo_id = plan.destination.repo_id
+    there = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=plan.parent))
+    if lost := lost_edits(there.read_text(encoding="utf-8", errors="replace"), card.text):
+        at = f" --revision {plan.revision}" if plan.revision else ""
+        raise InputError(
+            f"{CARD_FILE} of {repo_id} was edited on the Hub ({', '.join(lost)}), which would be lost: get it with "
+            f"`hf download {repo_id} {CARD_FILE}{at} --local-dir DIR`, and publish again, which keeps those edits."
         )
 
 

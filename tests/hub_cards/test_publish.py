@@ -238,6 +238,7 @@ def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused,
         ("generation_config.json", '{"cache": "/usr/bin/env"}', "/usr/bin/env"),
         ("results/b3db.json", "{}", "b3db.json"),
         ("adapter_model.safetensors", "broken", "adapter_model.safetensors"),
+        ("tokenizer.json", "{}", "tokenizer"),
         ("README.md", "---\nlicense: [\n---\n", "README.md"),
         ("README.md", "---\nwidget: {text: hi}\n---\n", '"widget" must be an array'),
     ],
@@ -371,12 +372,54 @@ def test_an_edited_card_is_published_as_it_is(merged, publish):
     assert "- Mine." in Path(hf_hub_download(REPO, "README.md")).read_text()
 
 
+def test_edits_on_the_hub_are_not_lost(merged, publish, refused, results, api):
+    def edit(old, new):
+        text = Path(hf_hub_download(REPO, "README.md")).read_text()
+        assert old in text
+        new_text = text.replace(old, new).encode()
+        api.upload_file(path_or_fileobj=new_text, path_in_repo="README.md", repo_id=REPO)
+
+    publish(merged)
+    results(merged)
+    publish(merged)  # only generated sections differ
+    edit("## Limits and biases\n", "## Limits and biases\n\n- Written on the Hub.\n")
+    edit("pipeline_tag: text-generation", "pipeline_tag: text-classification")
+    results(merged, "tissue")
+    sentence = refused(merged)
+    assert "(pipeline_tag, Limits and biases)" in sentence and "hf download" in sentence
+    hf_hub_download(REPO, "README.md", local_dir=merged)
+    publish(merged)
+    text = Path(hf_hub_download(REPO, "README.md")).read_text()
+    assert "- Written on the Hub." in text and "text-classification" in text and "tissue" in text
+    assert "has all of this already" in publish(merged)
+
+
+def test_a_card_that_was_there_before(merged, publish, refused, api):
+    api.create_repo(REPO)
+    theirs = b"---\nlicense: apache-2.0\n---\n# About\n\nComing soon.\n"
+    api.upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id=REPO)
+    assert "the beginning" in refused(merged)
+    hf_hub_download(REPO, "README.md", local_dir=merged)
+    publish(merged)
+    text = Path(hf_hub_download(REPO, "README.md")).read_text()
+    assert "Coming soon." in text and "## Recipe" in text
+
+
+def test_adapter_with_encoders(from_hub, multimodal, publish):
+    from esmerge import load_model
+
+    folder = from_hub(multimodal)
+    address, code = lines_of(publish(folder, "--revision", "trial"))
+    assert f'load_model("{REPO}@trial")' in code and address.endswith("/tree/trial")
+    assert_same_model(load(code), load_model(folder)[0])
+
+
 def test_the_model_is_replaced_as_a_whole(merged, publish, api):
-    (merged / "modalities" / "old").mkdir(parents=True)
-    (merged / "modalities" / "old" / "config.json").write_text('{"kind": "text", "placeholder": "<old>"}')
+    (merged / "modalities" / "protein").mkdir(parents=True)
+    (merged / "modalities" / "protein" / "config.json").write_text('{"kind": "text", "placeholder": "<protein>"}')
     publish(merged)
     api.upload_file(path_or_fileobj=b"mine", path_in_repo="examples/notes.txt", repo_id=REPO)
     shutil.rmtree(merged / "modalities")
-    assert "- modalities/old/config.json" in publish(merged)
-    assert "modalities/old/config.json" not in files(api)
+    assert "- modalities/protein/config.json" in publish(merged)
+    assert "modalities/protein/config.json" not in files(api)
     assert "examples/notes.txt" in files(api)
