@@ -78,9 +78,10 @@ def log_odds(scores: Tensor) -> Tensor:
 def values(outcomes: Outcomes, wanted: Sequence[str]) -> dict[str, float]:
     """The metrics, by torchmetrics.
 
-    Accuracy, macro-F1 (over the choices that occur among answers or predictions) and Matthews' correlation are over
-    the samples whose answer could be read. Area under the ROC curve and average precision are those of the first
-    choice if there are two, else the mean over the choices that are the answer to some samples and not to all.
+    Accuracy, macro-F1 (over the choices that occur among answers or predictions) and Matthews' correlation (0 if all
+    answers or all predictions are the same) are over the samples whose answer could be read. Area under the ROC curve
+    and average precision are those of the first choice if there are two, else the mean over the choices that are the
+    answer to some samples and not to all.
     """
     readable = outcomes.predictions != UNREADABLE
     predictions, answers, choices = outcomes.predictions[readable], outcomes.answers[readable], outcomes.choices
@@ -89,7 +90,9 @@ def values(outcomes: Outcomes, wanted: Sequence[str]) -> dict[str, float]:
     if len(predictions):
         found["accuracy"] = multiclass_accuracy(predictions, answers, choices, average="micro").item()
         found["macro_f1"] = multiclass_f1_score(predictions, answers, choices, average="macro").item()
-        found["mcc"] = multiclass_matthews_corrcoef(predictions, answers, choices).item()
+        vary = len(predictions.unique()) > 1 and len(answers.unique()) > 1
+        # 0 is the convention where it is not defined; torchmetrics gives another number if there are two choices.
+        found["mcc"] = multiclass_matthews_corrcoef(predictions, answers, choices).item() if vary else 0.0
     if outcomes.log_odds is not None:
         found |= _ranking_values(_ranks(outcomes.log_odds), outcomes.answers)
     # To the digits that torchmetrics' float32 has.

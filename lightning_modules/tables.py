@@ -13,19 +13,19 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the scores of a model, a row for each metric of each task."""
     if not results:
         return
-    table = Table(title=next(iter(results.values()))["model"]["name"], caption="with 95 % confidence intervals")
+    title = next(iter(results.values()))["model"]["name"]
+    table = Table(title=title, caption="intervals: 95 %, bootstrap")
     table.add_column("task")
-    table.add_column("metric", no_wrap=True)
-    for name in ("score", "interval", "samples", "unreadable", "samples/s"):
-        table.add_column(name, justify="right")
+    for name in ("metric", "score", "interval", "samples", "per second"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for task, found in results.items():
         table.add_section()
-        described = [str(found["samples"]), f"{found['invalid_rate']:.1%}", f"{found['samples_per_second']:.3g}"]
+        described = [str(found["samples"]), f"{found['samples_per_second']:.3g}"]
         for metric, score in found["scores"].items():
             interval = f"{_number(score['low'])} to {_number(score['high'])}"
             table.add_row(task, metric, _number(score["value"]), interval, *described)
             # Of the task, not of a metric.
-            task, described = "", ["", "", ""]
+            task, described = "", ["", ""]
     Console().print(table)
 
 

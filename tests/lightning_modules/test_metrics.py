@@ -69,6 +69,13 @@ def test_weights_count_samples_as_copies_of_them_would(choices, ties):
             assert found[name][number].item() == pytest.approx(value, abs=1e-6), name
 
 
+@pytest.mark.parametrize("choices", [2, 3])
+def test_correlation_is_zero_for_a_model_that_always_says_the_same(choices):
+    outcomes = Outcomes(torch.tensor([0, 1, 1, 0, 1]), torch.ones(5, dtype=torch.long), choices)
+    assert values(outcomes, ["mcc"])["mcc"] == 0
+    assert weighted_values(outcomes, ["mcc"], torch.ones(1, 5, dtype=torch.float64))["mcc"].item() == 0
+
+
 def test_a_resample_draws_as_many_as_there_are():
     drawn = torch.cat(list(resample_weights(50, seed=0, resamples=40)))
     assert drawn.shape == (40, 50)
