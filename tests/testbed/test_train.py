@@ -1,47 +1,21 @@
 """Training of the specialists on a tiny base, and the trained ones that come with the testbed."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.testbed.data import MODALITIES, Example, Task
-from benchmarks.testbed.specialists import BASE_ID, PLANS
+from benchmarks.testbed.base_model import base_model_folder
+from benchmarks.testbed.data import MODALITIES, load_task
+from benchmarks.testbed.packages import pinned_packages
+from benchmarks.testbed.specialists import BASE_ID, FOLDER, PLANS, RECORD, specialist_folders
 from benchmarks.testbed.train import train
 from esmerge.mllm.loading import load_model
 from esmerge.modalities import modality_from_settings
+from esmerge.modalities.registry import modality_settings as settings_of
 from esmerge.recipe import parse_recipe
-
-# The answer is in the item: learnt in a few steps.
-ITEMS = {
-    "molecule": [("C" * n, "Yes") if n % 2 else ("O" * n, "No") for n in range(1, 25)],
-    "protein": [("M" * n, "Yes") if n % 2 else ("K" * n, "No") for n in range(1, 25)],
-    "cell": [("CD3D", "Yes"), ("LYZ", "No")] * 12,
-}
-
-
-def tiny_task(modality):
-    examples = [Example(str(n), item, answer, str(n)) for n, (item, answer) in enumerate(ITEMS[modality])]
-    splits = {"train": examples[:16], "validation": examples[16:20], "test": examples[20:]}
-    return Task("tiny", modality, "Is it? Answer Yes or No.", ("Yes", "No"), splits)
-
-
-@pytest.fixture(scope="module")
-def plans(modality_settings):
-    """The plans with tiny encoders."""
-    return {m: replace(PLANS[m], epochs=2, batch_size=4, settings=modality_settings[m]) for m in MODALITIES}
-
-
-@pytest.fixture(scope="module")
-def trained(llama, plans, tmp_path_factory):
-    """A folder with three specialists of a tiny base."""
-    parent = tmp_path_factory.mktemp("trained")
-    for modality in MODALITIES:
-        (parent / modality).mkdir()
-        train(llama / "base", tiny_task(modality), plans[modality], parent / modality)
-    return parent
 
 
 def tensors(folder):
@@ -78,7 +52,7 @@ def test_encoders_are_trained(trained, plans):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_the_same_seed_gives_the_same_specialist_to_the_last_bit(llama, plans, trained, tmp_path, modality):
+def test_the_same_seed_gives_the_same_specialist_to_the_last_bit(llama, plans, tiny_task, trained, tmp_path, modality):
     for name, plan in (("same", plans[modality]), ("other", replace(plans[modality], seed=7))):
         (tmp_path / name).mkdir()
         torch.manual_seed(len(name))  # whatever happened before does not matter
@@ -91,7 +65,7 @@ def test_the_same_seed_gives_the_same_specialist_to_the_last_bit(llama, plans, t
         assert (trained / modality / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
 
 
-def test_training_leaves_the_randomness_and_threads_of_the_process_alone(llama, plans, tmp_path):
+def test_training_leaves_the_randomness_and_threads_of_the_process_alone(llama, plans, tiny_task, tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     threads = torch.get_num_threads()
@@ -101,14 +75,14 @@ def test_training_leaves_the_randomness_and_threads_of_the_process_alone(llama, 
     assert torch.get_num_threads() == threads
 
 
-def test_trained_specialists_load_and_merge(llama, trained, tmp_path, monkeypatch):
+def test_trained_specialists_load_and_merge(llama, tiny_task, trained, tmp_path, monkeypatch):
     from esmerge.pipeline import merge
 
     monkeypatch.setenv("ESMERGE_ENCODER_CACHE", str(tmp_path / "soft_tokens"))
     for modality in MODALITIES:
         model, processor = load_model(trained / modality, llama / "base")
         placeholder = processor.modalities[modality].placeholder
-        inputs = processor(text=f"{placeholder}?", **{modality: [ITEMS[modality][0][0]]})
+        inputs = processor(text=f"{placeholder}?", **{modality: [tiny_task(modality).examples["test"][0].item]})
         assert model(**inputs).logits.isfinite().all()
     recipe = {
         "base": "base",
@@ -120,3 +94,29 @@ def test_trained_specialists_load_and_merge(llama, trained, tmp_path, monkeypatc
     model, processor = load_model(tmp_path / "merged", llama / "base")
     assert set(processor.modalities) == set(MODALITIES) and set(model.encoders) == {"molecule", "protein"}
     assert model.generate(**processor(text="<mol>", molecule=["CCO"]), max_new_tokens=2).shape[1] > 3
+
+
+def test_the_specialists_of_the_testbed_are_as_planned():
+    sizes = 0
+    for modality, folder in specialist_folders().items():
+        record = json.loads((folder / RECORD).read_text())
+        assert record["plan"] == asdict(PLANS[modality])
+        assert record["samples"] == {split: len(those) for split, those in load_task(modality).examples.items()}
+        # Packages for other tasks may have come since.
+        assert (
+            record["packages"].items() <= {name: package.version for name, package in pinned_packages().items()}.items()
+        )
+        processor_settings = json.loads((folder / "modalities" / modality / "config.json").read_text())
+        assert processor_settings == settings_of(modality_from_settings(PLANS[modality].settings, modality))
+        sizes += sum(file.stat().st_size for file in folder.rglob("*"))
+    assert sizes <= 12e6
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_the_specialists_of_the_testbed_load(modality):
+    model, processor = load_model(FOLDER / modality, base_model_folder())
+    assert list(processor.modalities) == [modality]
+    item = load_task(modality).examples["test"][0].item
+    inputs = processor(text=processor.modalities[modality].placeholder, **{modality: [item]})
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
