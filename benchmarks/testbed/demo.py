@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.testbed import own_hub
+from benchmarks.testbed.ask import ask, conversation
 from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.report import BASE, DEMO_SAMPLES, evaluate_model, read_scores
@@ -18,7 +19,6 @@ from benchmarks.testbed.results_table import results_table
 from benchmarks.testbed.specialists import PLANS, TASKS, specialist_folders
 from esmerge.errors import InputError
 from esmerge.figures import draw_figures
-from esmerge.mllm.loading import load_model
 from esmerge.pipeline import merge
 from esmerge.recipe import load_recipe
 from esmerge.results import read_coefficients
@@ -32,14 +32,10 @@ MERGES: list[tuple[str, str, object]] = [
     ("uniform", "uniform average", "uniform"),
     ("es", "ES-Merging", {"from": "embedding_signals", "granularity": "both"}),
 ]
-QUESTION = (
-    "Does this molecule cross the blood-brain barrier, is this protein antimicrobial, and which tissue does this cell "
-    "line come from?"
-)
 
 
 def run_demo(output: Path) -> None:
-    """Merge the specialists, evaluate, ask, and leave recipes, probe, merged adapters and the table in `output`.
+    """Merge the specialists, evaluate, ask, publish; leave recipes, probe, merged adapters and the table in `output`.
 
     Raises:
         InputError: if `output` holds something else, or the packages cannot be fetched.
@@ -63,8 +59,12 @@ def run_demo(output: Path) -> None:
         table = results_table(scores)
         (output / "demo.md").write_text(table + "\n", encoding="utf-8")
         (output / "demo.json").write_text(json.dumps(scores, indent=2, default=asdict) + "\n", encoding="utf-8")
-        conversation = _ask(output / "es", base)
-    print(f"\n{table}\n\n{conversation}\n")
+        answer = ask(str(output / "es"), str(base))
+        if own_hub.available():
+            print("Publishing on a Hub of its own, and loading back from there")
+            if own_hub.publish_and_ask(output / "es", base) != answer:
+                raise RuntimeError("the published model does not answer as the one that was merged")
+    print(f"\n{table}\n\n{conversation(answer)}\n")
     _print_where_to_look(output, figures)
 
 
@@ -112,27 +112,6 @@ def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], coeffici
     }
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return file
-
-
-def _ask(model_folder: Path, base: Path) -> str:
-    """One question about a molecule, a protein and a cell line in one prompt, and what the merged model says."""
-    model, processor = load_model(model_folder, base, dtype=torch.float32)
-    examples = {modality: load_task(modality).examples["test"][0] for modality in MODALITIES}
-    content: list[dict[str, str]] = []
-    for modality, example in examples.items():
-        content += [
-            {"type": "text", "text": f"{modality.capitalize()}: "},
-            {"type": modality, modality: example.item},
-            {"type": "text", "text": "\n"},
-        ]
-    content.append({"type": "text", "text": QUESTION})
-    turn = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)
-    made = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answer = processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    items = "\n".join(f"  {modality.capitalize()}: {example.item}" for modality, example in examples.items())
-    truth = ", ".join(f"{modality}: {example.answer}" for modality, example in examples.items())
-    return f"One prompt with all three modalities:\n{items}\n  {QUESTION}\nES-Merging: {answer.strip()}\nData: {truth}"
 
 
 def _print_where_to_look(output: Path, figures: list[Path]) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.testbed import demo
+from benchmarks.testbed import ask, demo
 from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.results_table import TaskScore, results_table
 from benchmarks.testbed.specialists import TASKS
@@ -44,6 +44,7 @@ def test_the_demo_on_a_tiny_base(llama, trained, tmp_path, monkeypatch, capsys):
     output = tmp_path / "demo"
     demo.run_demo(output)
     shown = capsys.readouterr().out
+    assert "loading back from there" in shown
     table = (output / "demo.md").read_text()
     assert table in shown
     assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == [
@@ -56,7 +57,7 @@ def test_the_demo_on_a_tiny_base(llama, trained, tmp_path, monkeypatch, capsys):
     ]
     scores = json.loads((output / "demo.json").read_text())
     assert {task: score["samples"] for task, score in scores["ES-Merging"].items()} == dict.fromkeys(TASKS.values(), 6)
-    assert "\nES-Merging: " in shown and demo.QUESTION in shown
+    assert "\nES-Merging: " in shown and ask.QUESTION in shown
     for name in ("uniform", "es"):
         model, processor = load_model(output / name, llama / "base")
         assert set(model.encoders) == {"molecule", "protein"} and set(processor.modalities) == set(MODALITIES)
