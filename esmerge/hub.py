@@ -227,10 +227,10 @@ class PartialCopies:
             if name not in absent:
                 (folder / name).symlink_to(snapshot / name)
         with _refusals(field, repo_id, revision), ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda name: self._begin(folder / name, listing, name), absent))
+            list(pool.map(lambda name: self._begin(folder / name, listing, name, field), absent))
         self.folders[repo_id, revision] = folder
 
-    def _begin(self, file: Path, listing: Listing, name: str) -> None:
+    def _begin(self, file: Path, listing: Listing, name: str, field: str) -> None:
         """A file that is as long as the one on the Hub and has its header."""
         remote = _RemoteFile(listing, name)
         size = listing.files[name]
@@ -247,8 +247,10 @@ class PartialCopies:
                 self._left -= count
                 if self._left < 0:
                     raise NotHereError(name)
+            with _refusals(field, listing.repo_id, listing.commit):
+                content = remote.read(offset, count)
             with file.open("r+b") as stream:
-                os.pwrite(stream.fileno(), remote.read(offset, count), offset)
+                os.pwrite(stream.fileno(), content, offset)
 
         with self._lock:
             PARTIAL_FILES[file] = fetch

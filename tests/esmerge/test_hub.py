@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import esmerge
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
+from esmerge.hub import PartialCopies
 from esmerge.mllm import MllmProcessor
 from esmerge.pipeline import compare
 from esmerge.pipeline import merge as run_merge
@@ -250,6 +251,17 @@ def test_connections_that_break_off(hub_recipe, merged, hub):
     hub.fail(method="GET", path="lab/molecule.*adapter_model.safetensors", status=503)
     merged(hub_recipe)
     assert [r.status for r in weights_requests(hub) if "owner/base" in r.path].count(200) == 2
+
+
+def test_rows_that_cannot_be_read_ahead(published, connected, hub):
+    with PartialCopies() as copies:
+        copies.add("owner/base", None, "base")
+        hub.fail(path="owner/base.*model.safetensors", status=403, times=99)
+        with (
+            Checkpoint.open(copies.folders["owner/base", None]) as checkpoint,
+            pytest.raises(InputError, match="base: the Hub answered 403 for owner/base: your token may not read it"),
+        ):
+            checkpoint.read("model.norm.weight")
 
 
 def test_unreachable_or_failing(hub_recipe, merged, hub, monkeypatch):
