@@ -15,7 +15,7 @@ from benchmarks.testbed.packages import is_cached
 from benchmarks.testbed.splits import stable_fraction
 from esmerge.errors import InputError
 from esmerge.yaml_files import nearest
-from lightning_modules.similarity import scaffolds
+from lightning_modules.similarity import canonical, scaffolds
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NUMBERS_SHOWN = 5
@@ -255,13 +255,22 @@ def _split(task: Task, tables: dict[str, Table]) -> dict[str, Table]:
     elif task.split.by is not None:
         tables = _by_groups(task, _only(task, tables), task.split.by)
     if task.split.distinct is not None:
-        column = task.columns[task.split.distinct]
-        later: set[Any] = set()
-        for split in reversed(tables):
-            values = tables[split].columns[column]
-            tables[split] = tables[split].take([place for place, value in enumerate(values) if value not in later])
-            later.update(values)
+        tables = _distinct(task, tables, task.split.distinct)
     return tables
+
+
+def _distinct(task: Task, tables: dict[str, Table], name: str) -> dict[str, Table]:
+    """What is asked about stays whole; of the others, the training split gives way to all."""
+    asked, learnt = task.split.evaluated, task.split.training
+    order = sorted(tables, key=lambda split: (split != asked, split == learnt))
+    taken: set[str] = set()
+    kept = {}
+    for split in order:
+        texts = [_text(value) for value in tables[split].columns[task.columns[name]]]
+        values = canonical(task.modality(name), texts, f"the task {task.name}")
+        kept[split] = tables[split].take([place for place, value in enumerate(values) if value not in taken])
+        taken.update(values)
+    return {split: kept[split] for split in tables}
 
 
 def _only(task: Task, tables: Mapping[str, Table]) -> Table:

@@ -79,8 +79,9 @@ class Split(_Strict):
             train, validation and test.
         validation_share: of the groups, with `by`.
         test_share: of the groups, with `by`.
-        distinct: a placeholder: rows of the training and validation splits whose value stands in a later split too
-            are left out.
+        distinct: a placeholder: rows of other splits whose value stands in the evaluated split too are left out, and
+            then those of the training split whose value stands in any other. Spellings do not count: molecules are
+            compared as RDKit writes them, proteins in upper case, cells by their set of genes.
     """
 
     evaluated: Text = "test"
@@ -298,10 +299,11 @@ class Task(_Strict):
     def parse(self, generated: str) -> int | None:
         """The choice that a generated text gives as its answer, as an index; None if there is none, or no single one.
 
-        The answer is the rest of the line behind the first `answer_prefix` (its colon may be missing, or be "is"), or
-        the whole text where that does not occur; upper case, line breaks inside the prefix and markup do not count. Of
-        `spellings`, the first that is part of the answer counts. Without them, the answer begins with a choice, or
-        mentions exactly one.
+        The answer is the rest of the line behind the last `answer_prefix` that begins a line and has its colon: models
+        that reason speak of their answer before they give it. Failing that, it is what is behind the first one in the
+        text (the colon may be missing, or be "is"), or the whole text where that does not occur; upper case, line
+        breaks inside the prefix and markup do not count. Of `spellings`, the first that is part of the answer counts.
+        Without them, the answer begins with a choice, or mentions exactly one.
         """
         answer = self._answer_in(_plain(generated))
         if self.spellings:
@@ -320,6 +322,8 @@ class Task(_Strict):
         if not prefix:
             return text
         words = r"\s*".join(re.escape(word) for word in prefix)
+        if at_start := re.findall(rf"^[^\w\n]*{words}\s*:\s*(.+)", text, re.MULTILINE):
+            return str(at_start[-1])
         behind = re.search(rf"{words}(?:\s+is)?\s*:?\s*(.+)", text)
         return behind[1] if behind else text
 

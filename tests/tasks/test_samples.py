@@ -155,3 +155,16 @@ def test_rows_that_stand_in_a_later_split_are_left_out_of_the_earlier(write, con
     path = write(content, train=[("C", "MKTAY", 0), ("CC", "AAA", 1)], test=[("CCO", "MKTAY", 1)])
     assert [sample.id for sample in load_samples(load_task(path), "train")] == ["train-2"]
     assert [sample.id for sample in load_samples(load_task(path))] == ["test-1"]
+
+
+@pytest.mark.parametrize("order", [["train", "validation", "test"], ["test", "validation", "train"]])
+def test_distinct_leaves_the_evaluated_split_whole_whatever_the_order(write, content, write_table, tmp_path, order):
+    header = ("Drug", "Target", "Y")
+    write_table(tmp_path / "validation.csv", header, [("OCC", "A", 1), ("CN", "A", 0), ("C", "A", 0)])
+    content["source"] = {"files": {split: f"{split}.csv" for split in order}}
+    content["split"] = {"distinct": "molecule"}
+    path = write(
+        content, train=[("C(C)O", "A", 0), ("NC", "A", 1), ("O", "A", 1)], test=[("CCO", "A", 1), ("C", "B", 1)]
+    )
+    kept = {split: [sample.id for sample in load_samples(load_task(path), split)] for split in order}
+    assert kept == {"test": ["test-1", "test-2"], "validation": ["validation-2"], "train": ["train-3"]}

@@ -34,6 +34,12 @@ INHIBITION = {
         ("The molecule inhibits the protein.", "Inhibits"),
         ("I cannot tell.", None),
         ("Final answer: unclear, although many like it inhibit.\nInhibits", "Inhibits"),
+        ("I will give my final answer as inhibits or not.\n\nFinal answer: Does not inhibit", "Does not inhibit"),
+        (
+            "Final answer: Inhibits\nNo, the ring is too large.\n- **Final answer:** Does not inhibit",
+            "Does not inhibit",
+        ),
+        ("Final answer: Inhibits\nFinal answer:", "Inhibits"),
         ("Inhibits, I thought. Final answer: unclear", None),
         ("", None),
     ],

@@ -6,21 +6,18 @@ import pytest
 import yaml
 
 SMILES = ["CCO", "CCN", "CCS", "c1ccccc1", "Cc1ccccc1", "CC(=O)O", "C1CCNCC1", "C#N"]
-TASK = {
-    "name": "pairs",
-    "version": 1,
-    "title": "Pairs",
-    "description": "Whether they bind.",
-    "source": {"hub": "lab/pairs"},
-    "columns": {"molecule": "Drug"},
-    "answer": "Y",
-    "prompt": "Molecule: {molecule}",
-    "choices": ["Yes", "No"],
-    "labels": {1: "Yes", 0: "No"},
-    "metrics": ["accuracy"],
-    "citation": "none",
-    "licence": "cc0-1.0",
-}
+
+
+@pytest.fixture
+def pairs(content, tmp_path):
+    """A function that writes a task about molecules in a data set on the Hub, and returns its file's name."""
+
+    def pairs(hub):
+        changes = {"source": {"hub": hub}, "columns": {"molecule": "Drug"}, "prompt": "Molecule: {molecule}"}
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(content | changes))
+        return "task.yaml"
+
+    return pairs
 
 
 @pytest.fixture
@@ -50,19 +47,17 @@ def test_a_table_and_its_splits_are_fetched_once(tasks, on_hub):
     assert "to be fetched:  nothing" in again.stdout
 
 
-def test_a_revision_is_kept(tasks, on_hub, tmp_path):
+def test_a_revision_is_kept(tasks, on_hub, pairs):
     tables = {f"{split}.csv": b"Drug,Y\nCCO,1\n" for split in ("train", "test")}
     commit = on_hub(tables, "lab/pairs", kind="datasets")
     on_hub(dict.fromkeys(tables, b"Drug,Y\nCCN,0\n"), "lab/pairs", kind="datasets")
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**TASK, "source": {"hub": f"lab/pairs@{commit}"}}))
-    done = tasks("task.yaml")
+    done = tasks(pairs(f"lab/pairs@{commit}"))
     assert done.returncode == 0, done.stderr
     assert "Molecule: [molecule CCO]" in done.stdout
 
 
-def test_a_data_set_that_is_not_there_ends_in_one_sentence(tasks, hub, tmp_path):
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK))
-    done = tasks("task.yaml")
+def test_a_data_set_that_is_not_there_ends_in_one_sentence(tasks, hub, pairs):
+    done = tasks(pairs("lab/pairs"))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "the task pairs needs the data set lab/pairs from the Hub, with the columns Drug, Y: " in done.stderr
+    assert "the task binding needs the data set lab/pairs from the Hub, with the columns Drug, Y: " in done.stderr
