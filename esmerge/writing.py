@@ -313,7 +313,7 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     total = sum(_bytes(target) for target, _ in pending)
     with (
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar,
-        _single_threaded_operators(),
+        single_threaded_operators(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         futures = {pool.submit(write, target, wanting): target for target, wanting in pending}
@@ -403,7 +403,7 @@ def _bytes(target: Target) -> int:
 
 
 @contextmanager
-def _single_threaded_operators() -> Iterator[None]:
+def single_threaded_operators() -> Iterator[None]:
     """Threads work on tensors of their own; torch's operators must not start more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

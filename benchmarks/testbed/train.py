@@ -7,11 +7,8 @@ The same seed and versions give the same bits, whatever the number of cores.
 
 import argparse
 import json
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +29,10 @@ from esmerge.mllm import MllmProcessor
 from esmerge.mllm.loading import assemble
 from esmerge.modalities.modality import with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
+from esmerge.writing import single_threaded_operators
 from lightning_modules.data import TokenizedExample, answer_loader, collate_answers
 from lightning_modules.finetuning import AnswerFinetuning, answer_loss
+from lightning_modules.running import quiet_lightning
 from lightning_modules.soft_tokens import ItemFeatures
 
 _VALIDATION_BATCH = 32
@@ -54,7 +53,7 @@ def train(base: Path, task: Task, plan: TrainingPlan, output: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     lora = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     # A sum split over threads depends on their number.
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with single_threaded_operators(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         adapted = get_peft_model(llm, lora)
         hidden = llm.config.hidden_size
@@ -62,7 +61,7 @@ def train(base: Path, task: Task, plan: TrainingPlan, output: Path) -> None:
         model = assemble(adapted, processor, encoders).train()
         module = AnswerFinetuning(model, plan.learning_rate, plan.encoder_learning_rate, plan.warmup_share)
         examples = _tokenized(processor, task, task.examples["train"])
-        with _quiet_lightning():
+        with quiet_lightning():
             trainer = Trainer(
                 accelerator="cpu",
                 max_epochs=plan.epochs,
@@ -124,30 +123,6 @@ def _save(adapted: Any, output: Path) -> None:
     # PEFT writes a set, in another order each time.
     saved["target_modules"].sort()
     file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keeps the progress bar, drops the notes about hardware, loaders and products."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="pytorch_lightning")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def main() -> None:
