@@ -13,6 +13,7 @@ from lightning_modules.shared_prefix import (
     SharedPrefixBatch,
     attention_span,
     common_beginning,
+    has_free_positions,
     last_logits,
     last_positions,
     prefix_cache,
@@ -134,9 +135,9 @@ class AnswerBranches:
 
 
 def _can_branch(model: CausalLM, length: int) -> bool:
-    """Branches need an attention that takes any mask, in layers that see the whole sequence."""
+    """Branches need attention that takes any mask, in layers all of which see the whole sequence."""
     takes_any_mask: bool = model.config._attn_implementation in ("eager", "sdpa")
-    return takes_any_mask and length <= attention_span(model)
+    return takes_any_mask and has_free_positions(model) and length <= attention_span(model)
 
 
 def _score_branches(model: CausalLM, batch: SharedPrefixBatch, branches: AnswerBranches, cache: Cache | None) -> Tensor:

@@ -4,8 +4,9 @@ Causal attention makes this exact, gradients included: what a token sees depends
 and values of the common beginning are the same in every row.
 """
 
+import inspect
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
+
+# Kinds of layers in which a mask decides about what a token sees.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class SharedPrefixBatch(NamedTuple):
@@ -74,6 +78,8 @@ def pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def last_logits(model: CausalLM, batch: SharedPrefixBatch, last: int) -> Tensor:
     """The logits of the `last` positions of every row: [rows, last, vocabulary]."""
+    if not has_free_positions(model):
+        return _last_logits_unshifted(model, batch, last)
     if batch.attention_mask.shape[1] > attention_span(model):
         batch = batch.without_sharing()
     logits: Tensor = model(
@@ -84,6 +90,43 @@ def last_logits(model: CausalLM, batch: SharedPrefixBatch, last: int) -> Tensor:
         logits_to_keep=last_positions(last, batch.input_ids.device),
     ).logits
     return logits
+
+
+def _last_logits_unshifted(model: CausalLM, batch: SharedPrefixBatch, last: int) -> Tensor:
+    """The same for any causal model: rows begin at the first position, and what follows a row's end changes nothing."""
+    whole = batch.without_sharing()
+    lengths = whole.attention_mask.sum(dim=1).tolist()
+    width = max(lengths)
+    ids, mask = torch.zeros_like(whole.input_ids), torch.zeros_like(whole.attention_mask)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = whole.input_ids[row, width - length :]
+        mask[row, :length] = 1
+    # Of rows that are shorter than that, the first positions are what no one asks for.
+    places = (torch.tensor(lengths)[:, None] + torch.arange(-last, 0)).clamp_min(0).to(ids.device)
+    first = int(places.min())
+    kept = torch.arange(first, width, device=ids.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+    return logits.gather(1, (places - first)[:, :, None].expand(-1, -1, logits.shape[2]))
+
+
+def has_free_positions(model: CausalLM) -> bool:
+    """Whether a token may stand anywhere in a row, its position and what it sees being told by `position_ids` and mask.
+
+    Then rows can be padded on the left, and go on from what others began with. Recurrent, convolutional and linear
+    layers take the tokens as they come; ALiBi counts places in the row.
+    """
+    # Soft tokens are put in by something that only stands in the model's place.
+    model = getattr(model, "model", model) if not isinstance(model, torch.nn.Module) else model
+    plain: Any = getattr(model, "language_model", model)
+    plain = plain.get_base_model() if isinstance(plain, PeftModel) else plain
+    config = plain.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ()
+    return (
+        "position_ids" in inspect.signature(plain.forward).parameters
+        and not getattr(plain, "_is_stateful", False)
+        and not getattr(config, "alibi", False)
+        and all(kind in _ATTENTION for kind in layers)
+    )
 
 
 def prefix_cache(model: CausalLM, batch: SharedPrefixBatch, rows: int | None = None) -> Cache | None:

@@ -15,6 +15,24 @@ MODELS = {
     "mistral": ("MistralConfig", {"sliding_window": 6}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 8}),
+    # Layers that no mask reaches, recurrent states, and positions counted in the row.
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
+    "mamba": ("MambaConfig", {}),
 }
 
 
@@ -42,6 +60,8 @@ def test_equals_one_at_a_time(tiny_settings, name, attention, common):
     config_class, settings = MODELS[name]
     config = getattr(transformers, config_class)(**tiny_settings, **settings)
     torch.manual_seed(0)
+    if name in ("bloom", "mamba"):
+        attention = None  # they have but one
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     prompts = make_prompts(common)
     scores = answer_log_likelihoods(model, prompts, ANSWERS, batch_size=4)
