@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from esmerge.errors import InputError
+from esmerge.sources import content_hash
 from lightning_modules.evaluation_results import RESULTS_FOLDER, outcomes_of, read_results, results_file
-from lightning_modules.metrics import Difference, Outcomes, paired_differences, values
+from lightning_modules.metrics import OF_PREDICTIONS, Difference, Outcomes, paired_differences, values
 from lightning_modules.sample_log import Record, log_file, read_log
 
 # What has to be the same for scores to be comparable; the prompts need not, models differ in their templates.
-_SAME = {"version": "versions of the task", "score": "ways to score"}
+_SAME = {"version": "versions of the task", "score": "ways to score", "normalise": "ways to normalise"}
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,15 @@ class TaskComparison:
         task: its name.
         models: their folders' names, told apart where these are the same.
         samples: that all were evaluated on.
-        values: of each metric, by model, on those samples.
+        readable: those among them to which all gave an answer that could be read.
+        values: of each metric, by model, on those samples; those of predictions on the readable ones.
         differences: of each metric, of every model but the first from the first.
     """
 
     task: str
     models: list[str]
     samples: int
+    readable: int
     values: dict[str, list[float]]
     differences: dict[str, list[Difference]]
 
@@ -106,27 +109,36 @@ def _compare(task: str, folders: Sequence[Path], seed: int) -> TaskComparison:
                     f"{task}: the answer to sample {sample} is {answers[0]} in {first.folder} and {answers[1]} in "
                     f"{other.folder}: they were evaluated on different data."
                 )
-    outcomes = [model.outcomes(samples) for model in models]
     wanted = [name for name in first.results["scores"] if all(name in model.results["scores"] for model in models)]
-    found = [values(outcome, wanted) for outcome in outcomes]
-    paired = [paired_differences(outcomes[0], outcome, wanted, seed) for outcome in outcomes[1:]]
+    # An answer that one model left out must not be counted for the other alone.
+    readable = [name for name in samples if all(model.records[name]["prediction"] is not None for model in models)]
+    found: dict[str, list[float]] = {}
+    paired: dict[str, list[Difference]] = {}
+    for names, chosen in (
+        ([name for name in wanted if name in OF_PREDICTIONS], readable),
+        ([name for name in wanted if name not in OF_PREDICTIONS], samples),
+    ):
+        outcomes = [model.outcomes(chosen) for model in models]
+        of_models = [values(outcome, names) for outcome in outcomes]
+        differences = [paired_differences(outcomes[0], outcome, names, seed) for outcome in outcomes[1:]]
+        found |= {name: [entry[name] for entry in of_models] for name in names}
+        paired |= {name: [entry[name] for entry in differences] for name in names}
     return TaskComparison(
         task,
         _names(folders),
         len(samples),
-        {name: [entry[name] for entry in found] for name in wanted},
-        {name: [entry[name] for entry in paired] for name in wanted},
+        len(readable),
+        {name: found[name] for name in wanted},
+        {name: paired[name] for name in wanted},
     )
 
 
 def _open(task: str, folder: Path) -> _Evaluated:
     results = read_results(results_file(folder, task))
-    records = read_log(log_file(folder / RESULTS_FOLDER, task))
-    if len(records) != results["samples"]:
-        raise InputError(
-            f"{log_file(folder / RESULTS_FOLDER, task)} has {len(records)} samples, the results beside it "
-            f"{results['samples']}: evaluate the model again."
-        )
+    log = log_file(folder / RESULTS_FOLDER, task)
+    records = read_log(log)
+    if content_hash(log) != results.get("log"):
+        raise InputError(f"{log} is not the log of the results beside it: evaluate the model again.")
     return _Evaluated(folder, results, {record["id"]: record for record in records})
 
 

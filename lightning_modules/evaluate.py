@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
 from esmerge.mllm.loading import load_model, load_processor
-from esmerge.sources import Source, resolve
+from esmerge.sources import Source, content_hash, resolve
 from lightning_modules.evaluation import Evaluation, Normalisation, ScoreKind, divisors
 from lightning_modules.evaluation_data import EvaluatedTask, EvaluationData
 from lightning_modules.evaluation_results import (
@@ -32,10 +31,10 @@ from lightning_modules.evaluation_results import (
     summary,
     write_results,
 )
-from lightning_modules.metrics import Score, scores_with_intervals
+from lightning_modules.metrics import OF_ALL, scores_with_intervals
 from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest, hash_lines, tokenize_choices
 from lightning_modules.running import Devices, make_loggers, progress_callbacks, quiet_lightning
-from lightning_modules.sample_log import Record, UnfinishedRun
+from lightning_modules.sample_log import Record, UnfinishedRun, log_file, read_log
 from lightning_modules.samples import Item, Sample, load_samples
 from lightning_modules.soft_tokens import ItemFeatures
 from lightning_modules.tasks import load_task
@@ -121,19 +120,18 @@ def evaluate(
                 return {}
             for task in pending:
                 records = task.log.finish(folder / RESULTS_FOLDER, [sample.id for sample in task.samples])
-                scores = _scores(task, records, settings)
                 found = {
-                    "task": describe_task(task.task),
                     "model": identity,
-                    **summary(records, task.task.choices, scores),
+                    **_judge(task, records, settings),
                     "items": _forms(task.samples, writer),
                     "run": runs[task.task.name],
+                    "log": content_hash(log_file(folder / RESULTS_FOLDER, task.task.name)),
                     "settings": _described(settings, module, task),
                     "esmerge": esmerge_recipe(source.folder),
                     "versions": all_versions(),
                     **module.speed(task),
                 }
-                _log(module, task.task.name, scores)
+                _log(module, task.task.name, found["scores"])
                 write_results(results_file(folder, task.task.name), found)
                 task.log.remove()
                 results[task.task.name] = found
@@ -173,12 +171,6 @@ def _prepare(
         features=features,
         choice_ids=choices,
         tokenizer=tokenizer,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=task.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
         log=UnfinishedRun(folder / RESULTS_FOLDER, task.name),
     )
 
@@ -187,17 +179,22 @@ def _run_of(
     task: EvaluatedTask, writer: PromptWriter, settings: EvaluationSettings, identity: dict[str, Any]
 ) -> dict[str, Any]:
     """All that determines the records of an evaluation."""
+    asked, base = task.task, identity.get("base", {})
+    read = [asked.answer_prefix, list(asked.spellings.items()), asked.max_new_tokens]
     return {
         "model": identity.get("hash"),
-        "base": identity.get("base", {}).get("hash"),
-        "task": task.task.name,
-        "version": task.task.version,
-        "samples": hash_lines(task.samples, lambda sample: [sample.id, sample.answer]),
+        "base": base.get("hash"),
+        "code": [identity.get("code"), base.get("code")] if settings.trust_remote_code else None,
+        "task": asked.name,
+        "version": asked.version,
+        "samples": hash_lines(task.samples, lambda sample: [sample.id, sample.answer, sample.group]),
         "prompts": hash_lines(list(zip(task.prompt_ids, task.items, strict=True)), list),
-        "choices": content_digest([list(task.task.choices), task.choice_ids]),
+        "features": task.features.digest(),
+        "choices": content_digest([list(asked.choices), task.choice_ids]),
+        "reading": content_digest(read) if settings.score == "generate" else None,
         "chat_template": writer.chat.hash,
         "score": settings.score,
-        "normalise": settings.normalise,
+        "normalise": settings.normalise if settings.score == "likelihood" else None,
         "dtype": settings.dtype,
         "batch_size": settings.batch_size or "auto",
     }
@@ -206,12 +203,20 @@ def _run_of(
 def _finished(
     task: EvaluatedTask, runs: dict[str, dict[str, Any]], settings: EvaluationSettings, folder: Path
 ) -> dict[str, Any] | None:
-    """Results of the same evaluation that are there already."""
-    file = results_file(folder, task.task.name)
-    if not settings.resume or not file.exists():
+    """Results of the same evaluation that are there already, judged anew where other metrics or seeds are asked for."""
+    file, log = results_file(folder, task.task.name), log_file(folder / RESULTS_FOLDER, task.task.name)
+    if not settings.resume or not file.exists() or not log.exists():
         return None
     found = read_results(file)
-    return found if found["run"] == runs[task.task.name] else None
+    if found["run"] != runs[task.task.name] or found.get("log") != content_hash(log):
+        return None
+    if found["task"] == describe_task(task.task) and found["settings"]["seed"] == settings.seed:
+        return found
+    found |= _judge(task, read_log(log), settings)
+    found["settings"]["seed"] = settings.seed
+    if rank_zero_only.rank == 0:
+        write_results(file, found)
+    return found
 
 
 def _load(model: str, settings: EvaluationSettings) -> MllmForConditionalGeneration:
@@ -245,18 +250,20 @@ def _answer(
     return module
 
 
-def _scores(task: EvaluatedTask, records: Sequence[Record], settings: EvaluationSettings) -> dict[str, Score]:
+def _judge(task: EvaluatedTask, records: Sequence[Record], settings: EvaluationSettings) -> dict[str, Any]:
+    """What the records say about the model."""
     generated = settings.score == "generate"
     lengths = None if generated else divisors(task.task, task.choice_ids, settings.normalise).tolist()
     outcomes = outcomes_of(records, task.task.choices, lengths)
-    extra = ("total_accuracy", "invalid_rate") if generated else ()
+    extra = OF_ALL if generated else ()
     wanted = list(dict.fromkeys((*task.task.metrics, *extra)))
-    return scores_with_intervals(outcomes, wanted, settings.seed)
+    scores = scores_with_intervals(outcomes, wanted, settings.seed)
+    return {"task": describe_task(task.task), **summary(records, task.task.choices, scores)}
 
 
-def _log(module: Evaluation, task: str, scores: Mapping[str, Score]) -> None:
+def _log(module: Evaluation, task: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     for logger in module.loggers:
-        logger.log_metrics({f"{task}/{name}": score.value for name, score in scores.items()})
+        logger.log_metrics({f"{task}/{name}": score["value"] for name, score in scores.items()})
         logger.save()
 
 
@@ -274,6 +281,7 @@ def _described(settings: EvaluationSettings, module: Evaluation, task: Evaluated
         "choice_lengths": divisors(task.task, task.choice_ids, settings.normalise).tolist(),
         "limit": settings.limit,
         "seed": settings.seed,
+        "resampled": task.task.group or "samples",
         "dtype": str(module.dtype_of_weights).removeprefix("torch."),
         "batch_size": settings.batch_size or task.log.note("batch_size"),
         "devices": settings.devices.count,

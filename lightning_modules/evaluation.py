@@ -1,12 +1,16 @@
 """Answers the questions of tasks with a model, by the likelihood of the choices or by what it generates."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
@@ -18,6 +22,11 @@ from lightning_modules.sample_log import Record
 from lightning_modules.sharding import shard_llm
 from lightning_modules.shared_prefix import pad_left
 from lightning_modules.soft_tokens import WithSoftIds, soft_ids, soft_token_table
+
+logger = logging.getLogger(__name__)
+
+# What models with learned positions call them.
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 ScoreKind = Literal["likelihood", "generate"]
 Normalisation = Literal["none", "tokens", "characters"]
@@ -56,8 +65,27 @@ class Evaluation(LightningModule):
         """Load the model; called by Lightning in every process, possibly more than once."""
         if self.model is None:
             self.model = self.load()
+            for task in self.tasks:
+                self._check_context(task)
             if self.sharded:
                 shard_llm(self.model.language_model, self.device_mesh["data_parallel"])
+
+    def _check_context(self, task: EvaluatedTask) -> None:
+        """Say how many samples are longer than what the LLM was made for; `InputError` if it cannot take them."""
+        most = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
+        new = task.task.max_new_tokens if self.score == "generate" else max(len(ids) - 1 for ids in task.choice_ids)
+        too_long = [length + new for length in task.lengths if most and length + new > most]
+        if not too_long:
+            return
+        said = (
+            f"{len(too_long)} of the {len(task.samples)} samples of {task.task.name} are up to {max(too_long)} tokens "
+            f"long with their answers, more than the {most} positions of the model"
+        )
+        # A table of positions ends; those that are computed go on, to where the model has never been.
+        if any(name.endswith(_POSITION_TABLES) for name, _ in self.llm.named_modules()):
+            raise InputError(f"{said}: leave them out, or evaluate a model with a longer context.")
+        if rank_zero_only.rank == 0:
+            logger.warning("%s: what it says about them means little.", said)
 
     def test_step(self, batch: PromptBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         task = self.tasks[dataloader_idx]
@@ -93,7 +121,8 @@ class Evaluation(LightningModule):
     def find_batch_size(self, task: EvaluatedTask) -> int:
         """The largest batch size that memory allows: an estimate, halved as long as the longest prompts do not fit.
 
-        All ranks come to the same.
+        All ranks come to the same. Where they share weights the estimate has to do: one that fails in the middle of a
+        forward would leave the others waiting.
         """
         longest = sorted(range(len(task.samples)), key=lambda index: -task.lengths[index])
         new = task.task.max_new_tokens if self.score == "generate" else sum(len(ids) - 1 for ids in task.choice_ids)
@@ -105,6 +134,8 @@ class Evaluation(LightningModule):
         )
         processes = self.trainer.world_size
         size = first_batch_size(self.device, processes, row_bytes, len(task.samples))
+        if self.sharded:
+            return self._least(size)
         while True:
             size = self._least(size)
             fits = self._fits(task, longest[:size])
@@ -174,12 +205,12 @@ class Evaluation(LightningModule):
             self._scorers[task.task.name] = scorer
         prompts, reader = self._read(task, samples)
         scores = scorer(prompts, reader).cpu()
+        self._check_numbers(task, samples, scores)
         compared = scores / divisors(task.task, task.choice_ids, self.normalise)
         choices = task.task.choices
         return [
             {
-                "id": task.samples[index].id,
-                "answer": choices[task.samples[index].answer],
+                **_asked(task, index),
                 "prediction": choices[best],
                 "log_likelihoods": dict(zip(choices, row, strict=True)),
             }
@@ -193,7 +224,8 @@ class Evaluation(LightningModule):
         made = self.llm.generate(
             inputs_embeds=reader.embed(ids),
             attention_mask=mask,
-            generation_config=task.generation_config,
+            generation_config=self._greedily(task),
+            logits_processor=LogitsProcessorList([_Numbers(partial(self._check_numbers, task, samples))]),
             synced_gpus=self.sharded,
         )
         texts = task.tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -202,19 +234,58 @@ class Evaluation(LightningModule):
             found = task.task.parse(text)
             records.append(
                 {
-                    "id": task.samples[index].id,
-                    "answer": task.task.choices[task.samples[index].answer],
+                    **_asked(task, index),
                     "prediction": None if found is None else task.task.choices[found],
                     "generated": text,
                 }
             )
         return records
 
+    def _greedily(self, task: EvaluatedTask) -> GenerationConfig:
+        """Ends at whatever the tokenizer or the model call an end: chat models often have one more for turns."""
+        ends: set[int] = set()
+        for found in (task.tokenizer.eos_token_id, self.llm.generation_config.eos_token_id):
+            ends.update([found] if isinstance(found, int) else found or [])
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=task.task.max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=task.tokenizer.pad_token_id,
+        )
+
+    def _check_numbers(self, task: EvaluatedTask, samples: Sequence[int], scores: Tensor) -> None:
+        """Raise `InputError` where what the model gave for a sample, a row of scores each, is NaN."""
+        bad = scores.isnan().any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            dtype = str(self.dtype_of_weights).removeprefix("torch.")
+            remedy = {"float16": "use --dtype bfloat16 or float32", "bfloat16": "use --dtype float32"}
+            raise InputError(
+                f"the model's likelihoods for the sample {task.samples[samples[bad[0]]].id} of {task.task.name} are "
+                f"NaN in {dtype}: {remedy.get(dtype, 'look for NaN among the weights')}."
+            )
+
     @property
     def llm(self) -> Any:
         """The LLM inside the model: transformers' or PEFT's."""
         assert self.model is not None
         return self.model.language_model
+
+
+class _Numbers(LogitsProcessor):
+    """Looks at the logits of each step."""
+
+    def __init__(self, check: Callable[[Tensor], None]) -> None:
+        self.check = check
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.check(scores)
+        return scores
+
+
+def _asked(task: EvaluatedTask, index: int) -> Record:
+    sample = task.samples[index]
+    group = {} if sample.group is None else {"group": sample.group}
+    return {"id": sample.id, "answer": task.task.choices[sample.answer], **group}
 
 
 def divisors(task: Task, choice_ids: Sequence[Sequence[int]], normalise: Normalisation) -> Tensor:

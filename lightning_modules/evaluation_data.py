@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig
 
 from benchmarks.tasks.task import Task
 from lightning_modules.batching import UnrepeatedBatches, plan_batches
@@ -29,7 +28,6 @@ class EvaluatedTask:
         features: of all items.
         choice_ids: of each choice.
         tokenizer: of the model.
-        generation_config: greedy.
         log: where the records go.
         beginning: token ids that all prompts begin with, before the first item.
         lengths: positions of each prompt, soft tokens among them.
@@ -44,7 +42,6 @@ class EvaluatedTask:
     features: ItemFeatures
     choice_ids: list[list[int]]
     tokenizer: Any
-    generation_config: GenerationConfig
     log: UnfinishedRun
     beginning: list[int] = field(init=False)
     lengths: list[int] = field(init=False)

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,22 @@ import yaml
 from benchmarks.tasks.task import Task
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
+from esmerge.hub import is_commit, split_reference
 from esmerge.mllm.loading import base_of
 from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE
+from esmerge.remote_code import code_files
 from esmerge.results import RECORD_FILE, versions
 from esmerge.sources import Source, content_hash, read_json, resolve
-from lightning_modules.metrics import UNREADABLE, Outcomes, Score, log_odds
+from lightning_modules.metrics import UNREADABLE, Outcomes, Score
+from lightning_modules.prompts import content_digest
 from lightning_modules.sample_log import Record
 
 RESULTS_FOLDER = "results"
 # Fields of a task that cards and comparisons read.
 _TASK_FIELDS = ("name", "version", "title", "dataset", "benchmark", "licence", "citation", "metrics", "choices")
+# Fields of recipes: models, each a folder or a repository; files.
+_MODELS = ("base", "model", "encoder", "specialists")
+_FILES = ("features", "data", "tensors", "chat_template", "tasks")
 _PACKAGES = ("peft", "pytorch-lightning", "torchmetrics")
 
 
@@ -46,6 +52,8 @@ def describe_model(source: Source, base: str | None) -> dict[str, Any]:
     if source.commit is not None:
         found = {"name": source.reference, "commit": source.commit}
     found["hash"] = model_hash(source.folder)
+    if code := code_files(source.folder):
+        found["code"] = content_digest([content_hash(file) for file in code])
     if named := base_of(source.folder, base):
         found["base"] = describe_model(resolve(named, Path(), "the base"), None)
     return found
@@ -82,19 +90,29 @@ def esmerge_recipe(folder: Path) -> dict[str, Any] | None:
         recipe = record["recipe"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no record of a merge: restore or remove it.") from error
-    portable_recipe: dict[str, Any] = portable(recipe)
-    return portable_recipe
+    # What a merge took from the Hub, it recorded with the commit.
+    found: dict[str, Any] = portable(recipe, lambda reference: is_commit(split_reference(reference)[1]))
+    return found
 
 
-def portable(value: Any) -> Any:
-    """The value without paths of this machine: of each, the last name is left."""
+def portable(value: Any, on_hub: Callable[[str], bool], field: str = "") -> Any:
+    """A recipe without paths of this machine: of each, the last name is left.
+
+    Args:
+        value: the recipe of a merge or a training, or a part of it.
+        on_hub: whether a model's reference names a repository rather than a folder.
+        field: that the value stands in.
+    """
     if isinstance(value, Mapping):
-        return {key: portable(entry) for key, entry in value.items()}
+        # Below `specialists` and `data` stand modalities, whose names are the user's.
+        return {key: portable(entry, on_hub, key if key in _MODELS + _FILES else field) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(entry) for entry in value]
-    if isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[\\/]", value) and "\n" not in value:
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return value
+        return [portable(entry, on_hub, field) for entry in value]
+    if not isinstance(value, str) or field not in _MODELS + _FILES or value.startswith("hf://"):
+        return value
+    if (field in _MODELS and on_hub(value)) or re.search(r"[\n{]", value):  # a template itself
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def all_versions() -> dict[str, str]:
@@ -111,13 +129,17 @@ def outcomes_of(records: Sequence[Record], choices: Sequence[str], lengths: Sequ
         lengths: what each choice's log-likelihood is divided by; None for generated answers.
     """
     index = {choice: number for number, choice in enumerate(choices)}
-    answers = torch.tensor([index[record["answer"]] for record in records])
-    predictions = torch.tensor([index.get(record["prediction"], UNREADABLE) for record in records])
-    if lengths is None:
-        return Outcomes(answers, predictions, len(choices))
-    found = [[record["log_likelihoods"][choice] for choice in choices] for record in records]
-    scores = torch.tensor(found, dtype=torch.float64) / torch.tensor(lengths, dtype=torch.float64)
-    return Outcomes(answers, predictions, len(choices), log_odds(scores))
+    answers = torch.tensor([index[record["answer"]] for record in records], dtype=torch.long)
+    predictions = torch.tensor([index.get(r["prediction"], UNREADABLE) for r in records], dtype=torch.long)
+    odds, groups = None, None
+    if lengths is not None and len(choices) == 2:
+        found = [[record["log_likelihoods"][choice] for choice in choices] for record in records]
+        scores = torch.tensor(found, dtype=torch.float64) / torch.tensor(lengths, dtype=torch.float64)
+        odds = scores[:, 0] - scores[:, 1]
+    if all(record.get("group") is not None for record in records):
+        names = {name: number for number, name in enumerate(dict.fromkeys(record["group"] for record in records))}
+        groups = torch.tensor([names[record["group"]] for record in records], dtype=torch.long)
+    return Outcomes(answers, predictions, len(choices), odds, groups)
 
 
 def summary(records: Sequence[Record], choices: Sequence[str], scores: Mapping[str, Score]) -> dict[str, Any]:

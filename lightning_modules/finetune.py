@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from esmerge.mllm.loading import base_of, load_model, load_processor
 from esmerge.modalities import Encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
 from esmerge.results import check_output
-from esmerge.sources import Source, resolve
+from esmerge.sources import Source, is_on_hub, resolve
 from lightning_modules.data import AnswerBatch, TokenizedExample
 from lightning_modules.evaluation_results import all_versions, describe_model, portable
 from lightning_modules.finetune_recipe import FinetuningRecipe
@@ -93,7 +94,9 @@ def finetune(
             return {}
         loss = _take_best(module, trainer)
         record = {
-            "recipe": portable(recipe.model_dump(mode="json", exclude_none=True)),
+            "recipe": portable(
+                recipe.model_dump(mode="json", exclude_none=True), partial(is_on_hub, relative_to=recipe.folder)
+            ),
             "model": describe_model(source, base),
             "samples": {name: len(examples) for name, examples in training.items()},
             "steps": trainer.global_step,

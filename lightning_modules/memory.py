@@ -1,10 +1,10 @@
 """How many prompts fit into memory at a time."""
 
 import gc
-import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 # Beyond these, larger batches do not compute faster, but fill up more with padding.
@@ -34,22 +34,19 @@ def free_memory(device: torch.device, processes: int) -> int:
     """Bytes that one of the `processes` on this machine may use on its device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    free = psutil.virtual_memory().available
     # A container has less than its machine.
-    limit = "".join(_lines(_CGROUP / "memory.max"))
+    limit = _text(_CGROUP / "memory.max")
     if limit.isdigit():
-        free = min(free, int(limit) - int("".join(_lines(_CGROUP / "memory.current")) or 0))
-    return max(0, free) // processes
+        free = min(free, int(limit) - int(_text(_CGROUP / "memory.current") or 0))
+    return max(0, int(free)) // processes
 
 
-def _lines(file: Path) -> list[str]:
+def _text(file: Path) -> str:
     try:
-        return file.read_text().splitlines()
+        return file.read_text().strip()
     except OSError:
-        return []
+        return ""
 
 
 def bytes_per_row(config: Any, itemsize: int, length: int, logits: int) -> int:

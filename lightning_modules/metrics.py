@@ -7,16 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_auroc,
     binary_average_precision,
     multiclass_accuracy,
-    multiclass_auroc,
-    multiclass_average_precision,
     multiclass_f1_score,
-    multiclass_matthews_corrcoef,
 )
-from torchmetrics.functional.classification.auroc import binary_auroc
 
-# Metrics of what was predicted, over the answers that could be read; and of the choices' likelihoods.
+# Metrics of what was predicted, over the answers that could be read; and of the likelihoods of two choices.
 OF_PREDICTIONS = ("accuracy", "macro_f1", "mcc")
 OF_LIKELIHOODS = ("auroc", "average_precision")
 # Over all samples: an answer that cannot be read is wrong.
@@ -37,18 +34,21 @@ class Outcomes:
         answers: the right choices, int64 [n].
         predictions: int64 [n]; `UNREADABLE` where a generated text holds no answer.
         choices: K. The first choice is the positive one of a question with two.
-        log_odds: of each choice against all others, float64 [n, K]; None if answers were generated.
+        log_odds: of the first of two choices against the second, float64 [n]; None for more choices, and if answers
+            were generated.
+        groups: of relatives, int64 [n]; None where each sample stands for itself.
     """
 
     answers: Tensor
     predictions: Tensor
     choices: int
     log_odds: Tensor | None = None
+    groups: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> "Outcomes":
         index = torch.tensor(rows, dtype=torch.long)
-        odds = None if self.log_odds is None else self.log_odds[index]
-        return Outcomes(self.answers[index], self.predictions[index], self.choices, odds)
+        odds, groups = (None if of is None else of[index] for of in (self.log_odds, self.groups))
+        return Outcomes(self.answers[index], self.predictions[index], self.choices, odds, groups)
 
     def metrics(self, wanted: Sequence[str]) -> list[str]:
         """Those of the `wanted` metrics that these outcomes have."""
@@ -64,24 +64,12 @@ class Score:
     high: float
 
 
-def log_odds(scores: Tensor) -> Tensor:
-    """The log-odds log p_k - log(sum of the others' p) of log-likelihoods [n, K], in float64.
-
-    They order samples as the probabilities do, without saturating.
-    """
-    scores = scores.double()
-    own = torch.eye(scores.shape[1], dtype=torch.bool)
-    others = scores[:, None, :].expand(-1, len(own), -1).masked_fill(own, -torch.inf).logsumexp(dim=2)
-    return scores - others
-
-
 def values(outcomes: Outcomes, wanted: Sequence[str]) -> dict[str, float]:
     """The metrics, by torchmetrics.
 
-    Accuracy, macro-F1 (over the choices that occur among answers or predictions) and Matthews' correlation (0 if all
-    answers or all predictions are the same) are over the samples whose answer could be read. Area under the ROC curve
-    and average precision are those of the first choice if there are two, else the mean over the choices that are the
-    answer to some samples and not to all.
+    Accuracy, macro-F1 (over the choices that occur among answers or predictions) and Matthews' correlation (0 where
+    all answers or all predictions are one choice) are over the samples whose answer could be read. Area under the ROC
+    curve and average precision are those of the first of two choices.
     """
     readable = outcomes.predictions != UNREADABLE
     predictions, answers, choices = outcomes.predictions[readable], outcomes.answers[readable], outcomes.choices
@@ -90,56 +78,35 @@ def values(outcomes: Outcomes, wanted: Sequence[str]) -> dict[str, float]:
     if len(predictions):
         found["accuracy"] = multiclass_accuracy(predictions, answers, choices, average="micro").item()
         found["macro_f1"] = multiclass_f1_score(predictions, answers, choices, average="macro").item()
-        vary = len(predictions.unique()) > 1 and len(answers.unique()) > 1
-        # 0 is the convention where it is not defined; torchmetrics gives another number if there are two choices.
-        found["mcc"] = multiclass_matthews_corrcoef(predictions, answers, choices).item() if vary else 0.0
-    if outcomes.log_odds is not None:
-        found |= _ranking_values(_ranks(outcomes.log_odds), outcomes.answers)
+        # Of a single predicted choice torchmetrics gives something other than 0, so that values and resamples differ.
+        confusion = _confusion(outcomes, readable, torch.ones(1, len(outcomes.answers), dtype=torch.float64))
+        found["mcc"] = _matthews_correlation(confusion).item()
+    positive = (outcomes.answers == 0).long()
+    if outcomes.log_odds is not None and 0 < positive.sum() < len(positive):
+        # Ranks lie within 0 and 1, where torchmetrics takes them for probabilities; only their order matters.
+        ranks = outcomes.log_odds.unique(return_inverse=True)[1].double() / len(positive)
+        found["auroc"] = binary_auroc(ranks, positive).item()
+        found["average_precision"] = binary_average_precision(ranks, positive).item()
     # To the digits that torchmetrics' float32 has.
     return {name: round(found.get(name, math.nan), 7) for name in outcomes.metrics(wanted)}
 
 
-def _ranking_values(ranks: Tensor, answers: Tensor) -> dict[str, float]:
-    # Within 0 and 1, where torchmetrics takes them for probabilities; only their order matters.
-    ranks = ranks.double() / max(1, len(ranks))
-    if not (counted := _counted(answers, ranks.shape[1])):
-        return {}
-    if ranks.shape[1] == 2:
-        positive = (answers == 0).long()
-        return {
-            "auroc": binary_auroc(ranks[:, 0], positive).item(),
-            "average_precision": binary_average_precision(ranks[:, 0], positive).item(),
-        }
-    kinds = {"auroc": multiclass_auroc, "average_precision": multiclass_average_precision}
-    # Of ranks that are no distribution: each choice against the rest is all that is asked for.
-    return {
-        name: kind(ranks, answers, ranks.shape[1], average="none")[counted].double().mean().item()
-        for name, kind in kinds.items()
-    }
+def resample_weights(outcomes: Outcomes, seed: int, resamples: int = RESAMPLES) -> Iterator[Tensor]:
+    """How often each sample is drawn in each resample, float64 [some resamples, n]; all of them in chunks.
 
-
-def _ranks(odds: Tensor) -> Tensor:
-    """Each choice's samples in order, equal ones with equal ranks [n, K]."""
-    columns = [odds[:, choice].unique(return_inverse=True)[1] for choice in range(odds.shape[1])]
-    return torch.stack(columns, dim=1)
-
-
-def _counted(answers: Tensor, choices: int) -> list[int]:
-    """The choices whose ranking can be judged."""
-    counts = answers.bincount(minlength=choices).tolist()
-    judged = [choice for choice, count in enumerate(counts) if 0 < count < len(answers)]
-    return judged[:1] if choices == 2 else judged
-
-
-def resample_weights(samples: int, seed: int, resamples: int = RESAMPLES) -> Iterator[Tensor]:
-    """How often each sample is drawn in each resample, float64 [some resamples, samples]; all of them in chunks."""
+    Groups are drawn as a whole, as many as there are (the cluster bootstrap; Davison & Hinkley 1997, section 3.8): what
+    is asked about relatives is right or wrong together, so they tell less than as many independent samples.
+    """
     generator = torch.Generator().manual_seed(seed)
+    samples = len(outcomes.answers)
+    groups = torch.arange(samples) if outcomes.groups is None else outcomes.groups.unique(return_inverse=True)[1]
+    units = int(groups.max()) + 1
     chunk = max(1, min(resamples, _CHUNK_ELEMENTS // samples))
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
-        drawn = torch.randint(samples, (rows, samples), generator=generator)
-        counts = torch.zeros(rows, samples, dtype=torch.float64)
-        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))
+        drawn = torch.randint(units, (rows, units), generator=generator)
+        counts = torch.zeros(rows, units, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))[:, groups]
 
 
 def weighted_values(outcomes: Outcomes, wanted: Sequence[str], weights: Tensor) -> dict[str, Tensor]:
@@ -171,44 +138,43 @@ def _from_confusion(confusion: Tensor) -> dict[str, Tensor]:
     count, right = confusion.sum(dim=(1, 2)), hits.sum(dim=1)
     occurs = answered + predicted > 0
     f1 = torch.where(occurs, 2 * hits / (answered + predicted), 0)
-    # Matthews' correlation for any number of choices (Gorodkin 2004).
-    covariance = right * count - (answered * predicted).sum(dim=1)
-    spreads = (count**2 - (answered**2).sum(dim=1)) * (count**2 - (predicted**2).sum(dim=1))
     return {
         "accuracy": right / count,
         "macro_f1": f1.sum(dim=1) / occurs.sum(dim=1),
-        "mcc": torch.where(spreads > 0, covariance / spreads.sqrt(), torch.where(count > 0, 0.0, torch.nan)),
+        "mcc": _matthews_correlation(confusion),
     }
 
 
+def _matthews_correlation(confusion: Tensor) -> Tensor:
+    """For any number of choices (Gorodkin 2004), [R]; 0 where answers or predictions do not vary, as is usual."""
+    answered, predicted = confusion.sum(dim=2), confusion.sum(dim=1)
+    count, right = confusion.sum(dim=(1, 2)), confusion.diagonal(dim1=1, dim2=2).sum(dim=1)
+    covariance = right * count - (answered * predicted).sum(dim=1)
+    spreads = (count**2 - (answered**2).sum(dim=1)) * (count**2 - (predicted**2).sum(dim=1))
+    return torch.where(spreads > 0, covariance / spreads.sqrt(), torch.where(count > 0, 0.0, torch.nan))
+
+
 def _weighted_ranking(odds: Tensor, answers: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    areas, precisions = [], []
-    for choice in [0] if odds.shape[1] == 2 else range(odds.shape[1]):
-        _, group = odds[:, choice].unique(return_inverse=True)
-        positive = answers == choice
-        groups = int(group.max()) + 1
-        hits = weights.new_zeros(len(weights), groups).index_add_(1, group[positive], weights[:, positive])
-        misses = weights.new_zeros(len(weights), groups).index_add_(1, group[~positive], weights[:, ~positive])
-        positives, negatives = hits.sum(dim=1), misses.sum(dim=1)
-        below = misses.cumsum(dim=1) - misses / 2
-        judged = (positives > 0) & (negatives > 0)
-        area = (hits * below).sum(dim=1) / (positives * negatives)
-        found = hits.flip(1).cumsum(dim=1).flip(1)
-        precision = found / (found + misses.flip(1).cumsum(dim=1).flip(1)).clamp_min(1)
-        average = (hits * precision).sum(dim=1) / positives
-        areas.append(torch.where(judged, area, torch.nan))
-        precisions.append(torch.where(judged, average, torch.nan))
+    """The area under the ROC curve by the Mann-Whitney statistic, ties counted half; average precision."""
+    distinct, place = odds.unique(return_inverse=True)
+    positive = answers == 0
+    hits = weights.new_zeros(len(weights), len(distinct)).index_add_(1, place[positive], weights[:, positive])
+    misses = weights.new_zeros(len(weights), len(distinct)).index_add_(1, place[~positive], weights[:, ~positive])
+    positives, negatives = hits.sum(dim=1), misses.sum(dim=1)
+    below = misses.cumsum(dim=1) - misses / 2
+    found = hits.flip(1).cumsum(dim=1).flip(1)
+    precision = found / (found + misses.flip(1).cumsum(dim=1).flip(1)).clamp_min(1)
+    judged = (positives > 0) & (negatives > 0)
     return {
-        "auroc": torch.stack(areas).nanmean(dim=0),
-        "average_precision": torch.stack(precisions).nanmean(dim=0),
+        "auroc": torch.where(judged, (hits * below).sum(dim=1) / (positives * negatives), torch.nan),
+        "average_precision": torch.where(judged, (hits * precision).sum(dim=1) / positives, torch.nan),
     }
 
 
 def scores_with_intervals(outcomes: Outcomes, wanted: Sequence[str], seed: int) -> dict[str, Score]:
     """Each metric with its percentile bootstrap interval (Efron 1979; 95 %); the same seed gives the same bits."""
     found = values(outcomes, wanted)
-    samples = len(outcomes.answers)
-    drawn = [weighted_values(outcomes, wanted, weights) for weights in resample_weights(samples, seed)]
+    drawn = [weighted_values(outcomes, wanted, weights) for weights in resample_weights(outcomes, seed)]
     return {name: Score(value, *interval(torch.cat([d[name] for d in drawn]))) for name, value in found.items()}
 
 
@@ -242,9 +208,11 @@ def paired_differences(first: Outcomes, second: Outcomes, wanted: Sequence[str],
     if not torch.equal(first.answers, second.answers):
         raise ValueError("the outcomes are of different samples")
     names = [name for name in first.metrics(wanted) if name in second.metrics(wanted)]
+    if not len(first.answers):
+        return dict.fromkeys(names, Difference(math.nan, math.nan, math.nan, math.nan))
     before, after = values(first, names), values(second, names)
     drawn: dict[str, list[Tensor]] = {name: [] for name in names}
-    for weights in resample_weights(len(first.answers), seed):
+    for weights in resample_weights(first, seed):
         ours, theirs = (weighted_values(outcomes, names, weights) for outcomes in (second, first))
         for name in names:
             drawn[name].append(ours[name] - theirs[name])

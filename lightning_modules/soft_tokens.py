@@ -37,6 +37,18 @@ class ItemFeatures:
         """How many soft tokens it becomes."""
         return self.processor.modalities[modality].soft_tokens(self.of(modality, item))
 
+    def digest(self) -> str:
+        """`xxh3:<hex>` of all that were made; it changes with whatever makes them, be it a file or another package."""
+        import xxhash
+
+        found = xxhash.xxh3_128()
+        for key in sorted(self._made):
+            found.update(repr(key).encode())
+            for name, tensor in sorted(self._made[key].items()):
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return f"xxh3:{found.hexdigest()}"
+
 
 def soft_ids(
     prompts: Sequence[Sequence[int]], items: Sequence[Items], features: ItemFeatures

@@ -33,6 +33,8 @@ def print_comparison(comparisons: Sequence[TaskComparison]) -> None:
     """Print models side by side, and how much better than the first each other is."""
     for found in comparisons:
         title = f"{found.task}: {found.samples} samples in common"
+        if found.readable < found.samples:
+            title += f", {found.readable} of them read from all models"
         table = Table(title=title, caption=f"differences from {found.models[0]}; p: paired bootstrap, two-sided")
         table.add_column("metric", no_wrap=True)
         for model in found.models:

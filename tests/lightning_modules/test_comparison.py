@@ -1,11 +1,14 @@
 """`esmerge evaluate --compare`: models side by side, on what they have in common."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from esmerge.sources import content_hash
 from lightning_modules.comparison import compare_results
+from lightning_modules.sample_log import read_log
 
 
 @pytest.fixture
@@ -50,9 +53,22 @@ def change_results(folder, **run):
 
 
 def change_log(folder, change):
-    file = folder / "results" / "toy.jsonl"
+    file, results = (folder / "results" / f"toy.{kind}" for kind in ("jsonl", "json"))
     records = [change(json.loads(line)) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    results.write_text(json.dumps({**json.loads(results.read_text()), "log": content_hash(file)}))
+
+
+def write_garbage(folder):
+    change_log(folder, lambda record: record)
+    file, results = (folder / "results" / f"toy.{kind}" for kind in ("jsonl", "json"))
+    file.write_text("x\n")
+    results.write_text(json.dumps({**json.loads(results.read_text()), "log": content_hash(file)}))
+
+
+def log_of_another_run(folder):
+    file = folder / "results" / "toy.jsonl"
+    file.write_text(file.read_text().replace('"prediction": "Yes"', '"prediction": "No way"'))
 
 
 def other_task(folder):
@@ -69,7 +85,9 @@ def other_task(folder):
         (lambda folder: change_log(folder, lambda record: {**record, "id": record["id"] + "x"}), "different samples"),
         (lambda folder: change_log(folder, lambda record: {**record, "answer": "Yes"}), "the answer to sample"),
         (lambda folder: (folder / "results" / "toy.jsonl").unlink(), "toy.jsonl is missing"),
-        (lambda folder: (folder / "results" / "toy.jsonl").write_text("x\n"), "toy.jsonl, line 1"),
+        (write_garbage, "toy.jsonl, line 1"),
+        (log_of_another_run, "toy.jsonl is not the log of the results beside it"),
+        (lambda folder: change_results(folder, normalise="tokens"), "different ways to normalise (none, tokens)"),
         (lambda folder: (folder / "results" / "toy.json").write_text("{}"), "is no result of esmerge evaluate"),
     ],
 )
@@ -79,6 +97,40 @@ def test_what_cannot_be_compared(esmerge, evaluated, spoil, message):
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_generated_answers_are_compared_where_both_can_be_read(esmerge, evaluated):
+    # One leaves a third of its answers out, the other another third.
+    for number, folder in enumerate(evaluated):
+        file = folder / "results" / "toy.json"
+        content = json.loads(file.read_text())
+        content["settings"]["score"] = content["run"]["score"] = "generate"
+        content["scores"] = {name: {} for name in ("accuracy", "mcc", "total_accuracy", "invalid_rate")}
+        file.write_text(json.dumps(content))
+        left_out = {f"test-{row}" for row in range(1, 31) if row % 3 == number}
+        change_log(
+            folder, lambda record, ids=left_out: {**record, "prediction": None} if record["id"] in ids else record
+        )
+    logs = [{r["id"]: r for r in read_log(folder / "results" / "toy.jsonl")} for folder in evaluated]
+    both = [name for name in logs[1] if all(log[name]["prediction"] is not None for log in logs)]
+    found = compare_results(evaluated, [], seed=0)[0]
+    assert (found.samples, found.readable) == (20, len(both)) == (20, 7)
+    for number, log in enumerate(logs):
+        assert found.values["accuracy"][number] == pytest.approx(
+            sum(log[name]["prediction"] == log[name]["answer"] for name in both) / len(both)
+        )
+        assert found.values["invalid_rate"][number] == pytest.approx(
+            sum(log[name]["prediction"] is None for name in logs[1]) / 20
+        )
+    values, difference = found.values["accuracy"], found.differences["accuracy"][0]
+    assert difference.value == pytest.approx(values[1] - values[0])
+    assert "20 samples in common, 7 of them read from all models" in " ".join(
+        esmerge("evaluate", "--compare", *evaluated)[1].split()
+    )
+    change_log(evaluated[0], lambda record: {**record, "prediction": None})
+    code, out, err = esmerge("evaluate", "--compare", *evaluated)
+    assert (code, err) == (0, "")
+    assert re.search(r"accuracy\s*│\s*-\s*│", out), out
 
 
 def test_one_model_or_an_unknown_task(esmerge, evaluated):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules.samples import load_samples
@@ -149,6 +150,131 @@ def test_the_likelihood_is_taken_behind_the_answer_prefix(esmerge, text_model, w
         logits = model(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
         expected = sum(logits[place - 1, whole[place]].item() for place in range(len(ids), len(whole)))
         assert record["log_likelihoods"]["Yes"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_generation_stops_at_the_ends_that_the_model_names(esmerge, text_model, write_task, results_of):
+    file = write_task(5, max_new_tokens=6)
+    arguments = ["evaluate", text_model, "--task", file, "--quiet", "--score", "generate", "--batch-size", 1]
+    esmerge(*arguments)
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    before = [tokenizer(record["generated"])["input_ids"] for record in results_of(text_model)[1]]
+    end = before[0][2]
+    (text_model / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    code, _, err = esmerge(*arguments)
+    assert code == 0, err
+    for ids, record in zip(before, results_of(text_model)[1], strict=True):
+        cut = ids[: ids.index(end) + 1] if end in ids else ids
+        assert record["generated"] == tokenizer.decode(cut, skip_special_tokens=True)
+    assert len(results_of(text_model)[1][0]["generated"]) < len(tokenizer.decode(before[0]))
+
+
+def test_relatives_are_known_to_the_log(esmerge, text_model, write_task, results_of):
+    # All samples have the same answer, so resampling whole groups of them never changes anything.
+    file = write_task(12, group="soluble")
+    code, _, err = esmerge("evaluate", text_model, "--task", file, "--quiet")
+    assert code == 0, err
+    results, log = results_of(text_model)
+    samples = load_samples(load_task(str(file)))
+    assert [record["group"] for record in log] == [sample.group for sample in samples]
+    assert results["settings"]["resampled"] == "soluble"
+
+
+def test_the_recipe_of_a_merge_has_no_paths_of_this_machine(esmerge, text_model, write_task, results_of):
+    commit = "0123456789" * 4
+    specialists = {
+        "molecule": {"model": "specialists/molecule", "encoder": f"lab/encoder@{commit}", "features": "data/items.st"},
+        "protein": {"model": f"lab/protein@{commit}"},
+        "model": {"model": "/home/me/model"},
+    }
+    data = {"molecule": "items/molecule.txt", "protein": f"hf://datasets/lab/items@{commit}/protein.txt"}
+    probe = {"samples": 4, "template": "./{molecule} or/and {protein}", "data": data, "chat_template": "chat/a.jinja"}
+    recipe = {"base": "models/base/", "specialists": specialists, "probe": probe, "method": {"name": "ties"}}
+    (text_model / "esmerge.yaml").write_text(yaml.safe_dump({"recipe": recipe}))
+    esmerge("evaluate", text_model, "--task", write_task(3), "--quiet")
+    assert results_of(text_model)[0]["esmerge"] == {
+        "base": "base",
+        "specialists": {
+            "molecule": {"model": "molecule", "encoder": f"lab/encoder@{commit}", "features": "items.st"},
+            "protein": {"model": f"lab/protein@{commit}"},
+            "model": {"model": "model"},
+        },
+        "probe": {**probe, "data": {**data, "molecule": "molecule.txt"}, "chat_template": "a.jinja"},
+        "method": {"name": "ties"},
+    }
+
+
+def test_samples_longer_than_the_context_are_counted(esmerge, text_model, write_task, caplog):
+    file = write_task(23)
+    tokenizer, task = AutoTokenizer.from_pretrained(text_model), load_task(str(file))
+    answer = max(len(tokenizer(choice)["input_ids"]) for choice in task.choices)
+    lengths = []
+    for sample in load_samples(task):
+        messages = [{"role": "user", "content": "".join(getattr(p, "value", p) for p in sample.turns[0].parts)}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        lengths.append(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + answer - 1)
+    most = sorted(lengths)[-4]
+    longer = sum(length > most for length in lengths)
+    config = json.loads((text_model / "config.json").read_text())
+    for positions, warnings in ((max(lengths), 0), (most, 1)):
+        (text_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        caplog.clear()
+        code, _, err = esmerge("evaluate", text_model, "--task", file, "--quiet")
+        assert code == 0, err
+        said = [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
+        assert len(said) == warnings
+    assert said[0].startswith(
+        f"{longer} of the 23 samples of toy are up to {max(lengths)} tokens long with their answers, more than the "
+        f"{most} positions of the model"
+    )
+
+
+class TestResume:
+    """Finished results are kept where they are what would come out again, and nowhere else."""
+
+    @pytest.fixture
+    def evaluate(self, esmerge, text_model, results_of):
+        """A function that evaluates with --resume; returns the results, and whether the model was asked again."""
+
+        def evaluate(file, *options):
+            log = text_model / "results" / "toy.jsonl"
+            before = log.stat().st_ino if log.exists() else None
+            code, _, err = esmerge("evaluate", text_model, "--task", file, "--quiet", "--resume", *options)
+            assert code == 0, err
+            return results_of(text_model)[0], log.stat().st_ino != before
+
+        return evaluate
+
+    def test_other_ways_to_read_answers_ask_again(self, evaluate, write_task):
+        generate = ("--score", "generate")
+        assert evaluate(write_task(5, max_new_tokens=2), *generate)[1]
+        assert not evaluate(write_task(5, max_new_tokens=2), *generate)[1]
+        for changes in ({}, {"answer_prefix": "So: "}, {"spellings": {"y": "Yes"}}):
+            assert evaluate(write_task(5, max_new_tokens=3, **changes), *generate)[1]
+            assert not evaluate(write_task(5, max_new_tokens=3, **changes), *generate)[1]
+
+    def test_what_likelihoods_do_not_depend_on_does_not(self, evaluate, write_task):
+        evaluate(write_task(5, max_new_tokens=2))
+        assert not evaluate(write_task(5, max_new_tokens=3, spellings={"y": "Yes"}))[1]
+
+    def test_other_metrics_and_seeds_judge_the_same_answers(self, evaluate, write_task, esmerge, text_model, tmp_path):
+        first, _ = evaluate(write_task(metrics=["accuracy"]))
+        second, again = evaluate(write_task(metrics=["mcc", "auroc"]), "--seed", 7)
+        assert not again
+        assert list(second["scores"]) == second["task"]["metrics"] == ["mcc", "auroc"]
+        assert second["settings"]["seed"] == 7
+        esmerge(
+            "evaluate", text_model, "--task", write_task(metrics=["mcc", "auroc"]), "--seed", 7, "-o", tmp_path / "x"
+        )
+        assert json.loads((tmp_path / "x" / "results" / "toy.json").read_text())["scores"] == second["scores"]
+        assert first["run"] == second["run"]
+
+    def test_a_log_of_other_results_is_not_trusted(self, evaluate, write_task, text_model):
+        evaluate(write_task(5))
+        log = text_model / "results" / "toy.jsonl"
+        good = log.read_text()
+        log.write_text(good.replace("Yes", "yes"))
+        evaluate(write_task(5))
+        assert log.read_text() == good
 
 
 def test_several_tasks_and_an_adapter(esmerge, llama, write_task, results_of, tmp_path):

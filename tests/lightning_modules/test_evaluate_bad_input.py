@@ -1,9 +1,13 @@
 """What is wrong with an evaluation is said in one sentence, before anything is written."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 
 def fails(esmerge, *arguments):
@@ -55,6 +59,29 @@ def test_no_model(esmerge, text_model, llama, write_task, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     assert "give the base" in fails(esmerge, adapter, "--task", write_task(5))
+
+
+@pytest.mark.parametrize("score", ["likelihood", "generate"])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("float16", "use --dtype bfloat16 or float32"), ("float32", "look for NaN among the weights")]
+)
+def test_no_answers_are_made_of_nan(esmerge, text_model, write_task, score, dtype, remedy):
+    weights = load_file(text_model / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, text_model / "model.safetensors", metadata={"format": "pt"})
+    said = fails(esmerge, text_model, "--task", write_task(5), "--dtype", dtype, "--score", score)
+    assert re.search(rf"the sample test-\d of toy are NaN in {dtype}: {remedy}", said)
+    assert not (text_model / "results" / "toy.json").exists()
+
+
+def test_samples_that_a_table_of_positions_does_not_reach(esmerge, text_model, write_task, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    config = GPT2Config(n_positions=24, n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    said = fails(esmerge, tmp_path / "gpt2", "--task", write_task(5))
+    assert re.search(r"5 of the 5 samples of toy are up to \d+ tokens long .* more than the 24 positions", said)
+    assert "a longer context" in said
 
 
 def test_choices_that_the_likelihood_cannot_tell_apart(esmerge, text_model, write_task):

@@ -96,7 +96,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(start, run, write_task,
 
 
 def test_interrupted_from_the_keyboard(start, write_task, text_model):
-    process = start("--task", write_task(400), "--batch-size", 1)
+    process = start("--task", write_task(4000), "--batch-size", 1)
     err = kill_in_the_middle(process, text_model / "results" / ".toy.unfinished", 20, signal.SIGINT)
     assert process.returncode == 130
     assert err.strip() == "esmerge: interrupted; the same command with --resume goes on."

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
 from lightning_modules.metrics import (
     METRICS,
     UNREADABLE,
     Outcomes,
-    log_odds,
     paired_differences,
     resample_weights,
     scores_with_intervals,
@@ -26,7 +26,7 @@ def make_outcomes(samples, choices, seed=0, skill=1.0, unreadable=0.0, ties=Fals
         scores = scores.round()
     predictions = scores.argmax(dim=1)
     predictions[torch.rand(samples, generator=generator) < unreadable] = UNREADABLE
-    return Outcomes(answers, predictions, choices, log_odds(scores))
+    return Outcomes(answers, predictions, choices, scores[:, 0] - scores[:, 1] if choices == 2 else None)
 
 
 def test_values_of_a_small_case_by_hand():
@@ -35,7 +35,7 @@ def test_values_of_a_small_case_by_hand():
         answers=torch.tensor([0, 0, 0, 1, 1]),
         predictions=torch.tensor([0, 1, UNREADABLE, 1, 0]),
         choices=2,
-        log_odds=torch.tensor([[3.0, -3], [-1, 1], [2, -2], [-2, 2], [0.5, -0.5]], dtype=torch.float64),
+        log_odds=torch.tensor([3.0, -1, 2, -2, 0.5], dtype=torch.float64),
     )
     found = values(outcomes, METRICS)
     assert found["accuracy"] == pytest.approx(2 / 4)
@@ -61,7 +61,7 @@ def test_macro_f1_and_correlation_of_three_choices_by_hand():
 @pytest.mark.parametrize(("choices", "ties"), [(2, False), (2, True), (5, False), (5, True)])
 def test_weights_count_samples_as_copies_of_them_would(choices, ties):
     outcomes = make_outcomes(60, choices, unreadable=0.1, ties=ties)
-    weights = next(resample_weights(60, seed=3, resamples=7))
+    weights = next(resample_weights(outcomes, seed=3, resamples=7))
     found = weighted_values(outcomes, METRICS, weights)
     for number, row in enumerate(weights):
         rows = [sample for sample, count in enumerate(row.long().tolist()) for _ in range(count)]
@@ -77,10 +77,11 @@ def test_correlation_is_zero_for_a_model_that_always_says_the_same(choices):
 
 
 def test_a_resample_draws_as_many_as_there_are():
-    drawn = torch.cat(list(resample_weights(50, seed=0, resamples=40)))
+    outcomes = make_outcomes(50, 2)
+    drawn = torch.cat(list(resample_weights(outcomes, seed=0, resamples=40)))
     assert drawn.shape == (40, 50)
     assert torch.equal(drawn.sum(dim=1), torch.full((40,), 50.0, dtype=torch.float64))
-    assert torch.equal(drawn, torch.cat(list(resample_weights(50, seed=0, resamples=40))))
+    assert torch.equal(drawn, torch.cat(list(resample_weights(outcomes, seed=0, resamples=40))))
 
 
 def test_interval_is_about_that_of_a_share():
@@ -111,12 +112,48 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 def test_metrics_that_are_not_defined_are_nan():
-    outcomes = Outcomes(
-        torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), 2, torch.randn(4, 2).double()
-    )
+    outcomes = Outcomes(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), 2, torch.randn(4).double())
     found = scores_with_intervals(outcomes, METRICS, seed=0)
     assert all(math.isnan(value) for value in vars(found["auroc"]).values())
     assert found["accuracy"].value == 1
+
+
+@pytest.mark.parametrize("choices", [2, 3])
+def test_a_constant_answer_correlates_with_nothing(choices):
+    # 15 times the first choice, 5 times the second; the same is predicted always.
+    answers = torch.tensor([0] * 15 + [1] * 5)
+    constant, other = (Outcomes(answers, torch.full((20,), choice), choices) for choice in (0, 1))
+    score = scores_with_intervals(constant, ["mcc"], seed=0)["mcc"]
+    assert (score.value, score.low, score.high) == (0, 0, 0)
+    difference = paired_differences(constant, other, ["mcc"], seed=0)["mcc"]
+    assert (difference.value, difference.low, difference.high, difference.p_value) == (0, 0, 0, 1)
+    none = Outcomes(answers, torch.full((20,), UNREADABLE), choices)
+    assert math.isnan(values(none, ["mcc"])["mcc"])
+
+
+@pytest.mark.parametrize("choices", [2, 4])
+def test_correlation_where_answers_and_predictions_vary(choices):
+    outcomes = make_outcomes(80, choices)
+    expected = multiclass_matthews_corrcoef(outcomes.predictions, outcomes.answers, choices).item()
+    assert values(outcomes, ["mcc"])["mcc"] == pytest.approx(expected, abs=1e-6)
+    if choices == 2:  # Pearson's
+        pearson = torch.corrcoef(torch.stack([outcomes.predictions, outcomes.answers]).double())[0, 1].item()
+        assert expected == pytest.approx(pearson, abs=1e-6)
+
+
+def test_relatives_are_drawn_together():
+    # Ten groups of 40, in each of which all is right or all is wrong: as much is known as from ten samples.
+    right = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 0, 0]).repeat_interleave(40)
+    groups = torch.arange(10).repeat_interleave(40) * 7
+    zeros = torch.zeros(400, dtype=torch.long)
+    grouped, alone = Outcomes(zeros, 1 - right, 2, groups=groups), Outcomes(zeros, 1 - right, 2)
+    drawn = torch.cat(list(resample_weights(grouped, seed=0, resamples=30)))
+    assert torch.equal(drawn.view(30, 10, 40).amax(dim=2), drawn.view(30, 10, 40).amin(dim=2))
+    assert torch.equal(drawn.sum(dim=1), torch.full((30,), 400.0, dtype=torch.float64))
+    few = Outcomes(zeros[:10], 1 - right[::40], 2)
+    scores = [scores_with_intervals(outcomes, ["accuracy"], seed=0)["accuracy"] for outcomes in (grouped, few, alone)]
+    assert scores[0] == scores[1]
+    assert scores[0].high - scores[0].low > 4 * (scores[2].high - scores[2].low)
 
 
 def test_a_model_does_not_differ_from_itself():
