@@ -249,7 +249,7 @@ def evaluate(
     MODEL is whatever `esmerge.load_model` takes: a merged model with or without encoders, a PEFT adapter, any causal
     LLM of transformers. Writes `results/<task>.json` (scores with 95 % confidence intervals, hashes, versions) and
     `results/<task>.jsonl` (a line per sample) in the model's folder. Neither the batch size nor the number of devices
-    changes the scores. `esmerge tasks` lists the tasks.
+    changes the scores beyond rounding; a fixed `--batch-size` gives the same bits. `esmerge tasks` lists the tasks.
 
     Items of modalities that a multimodal model has encoders for go through these. A model without any encoder reads all
     items as text; one with encoders, but not for a modality of the task, is refused unless `--as-text` says otherwise.
@@ -448,8 +448,11 @@ def main() -> None:
         _interrupted(debug)
     except OSError as error:
         if error.errno in _NO_ROOM:
-            reason = _NO_ROOM[error.errno]
-            _fail(f"{reason}; nothing was written: free some space or choose another output.", 1, debug)
+            kept = next(iter(getattr(error, "__notes__", ())), None)
+            remedy = (
+                f"free some space: {kept}" if kept else "nothing was written: free some space or choose another output"
+            )
+            _fail(f"{_NO_ROOM[error.errno]}; {remedy}.", 1, debug)
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)

@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from esmerge.errors import InputError, Interrupted
+from lightning_modules.unfinished import GOES_ON
 
 StrategyName = Literal["auto", "ddp", "fsdp"]
 _LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
@@ -129,7 +130,7 @@ def quiet_lightning() -> Iterator[None]:
             yield
     except SystemExit as end:
         # What Lightning makes of Ctrl-C, after it has stopped the other processes.
-        raise Interrupted("the same command with --resume goes on") from end
+        raise Interrupted(GOES_ON) from end
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -35,12 +35,13 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
         InputError: if the file is missing or a line is no record.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
+        if torn:
+            # A writer that was killed may have stopped in the middle of a character.
+            content = content[: content.rfind(b"\n") + 1]
+        lines = content.decode().removesuffix("\n").split("\n") if content else []
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is missing or cannot be read as text: start again without --resume.") from error
-    lines = text.split("\n")
-    if torn or not lines[-1]:
-        lines.pop()
     records = []
     for number, line in enumerate(lines, start=1):
         try:

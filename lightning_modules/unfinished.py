@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from esmerge.errors import InputError
+from esmerge.errors import InputError, Interrupted
 
+# What is said of work that ended before its end.
+GOES_ON = "the same command with --resume goes on"
 RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 
@@ -29,10 +31,15 @@ class UnfinishedFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        begun = self._lock is not None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if begun and isinstance(error, KeyboardInterrupt):
+            raise Interrupted(GOES_ON) from error
+        if begun and isinstance(error, OSError):
+            error.add_note(GOES_ON)
 
     def begin(self, run: Mapping[str, Any], resume: bool) -> bool:
         """Make the folder, or keep what is in it; whether there was something to go on from.

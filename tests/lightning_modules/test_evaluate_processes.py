@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,23 @@ def test_interrupted_from_the_keyboard(start, write_task, text_model):
     err = kill_in_the_middle(process, text_model / "results" / ".toy.unfinished", 20, signal.SIGINT)
     assert process.returncode == 130
     assert err.strip() == "esmerge: interrupted; the same command with --resume goes on."
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="needs to mount a small disk in a namespace of its own",
+)
+def test_a_full_disk_is_no_end(esmerge_program, write_task, text_model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=32k tmpfs "$1" && "$2" evaluate "$3" --task "$4" --quiet -o "$1"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", tmp_path / "disk", esmerge_program, text_model, write_task(600)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ("esmerge: the disk is full; free some space: the same command with --resume goes on.\n")
 
 
 def test_goes_on_with_another_number_of_devices(start, run, write_task, text_model, tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from esmerge.errors import InputError
+from esmerge.errors import InputError, Interrupted
 from lightning_modules.sample_log import UnfinishedRun, log_file, read_log, write_log
 
 RUN = {"model": "xxh3:1", "batch_size": 4}
@@ -47,6 +47,14 @@ def test_goes_on_after_a_torn_line(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["toy.jsonl"]
 
 
+def test_goes_on_after_a_tear_inside_a_character(tmp_path):
+    folder = interrupted(tmp_path)
+    line = json.dumps({**records("b1")[0], "generated": "é"}, ensure_ascii=False).encode()
+    with (folder / "rank0.jsonl").open("ab") as stream:
+        stream.write(line[: line.index("é".encode()) + 1])
+    assert sorted(again(tmp_path).records()) == ["a0", "a1"]
+
+
 def test_without_resume_all_begins_anew(tmp_path):
     interrupted(tmp_path)
     run = UnfinishedRun(tmp_path, "toy")
@@ -80,6 +88,15 @@ def test_two_processes_do_not_write_one_run(tmp_path):
     with pytest.raises(InputError, match="another process is at the evaluation of toy"):
         again(tmp_path)
     run.remove()
+
+
+def test_interrupted_at_any_time_says_how_to_go_on(tmp_path):
+    with pytest.raises(Interrupted, match="--resume goes on"), UnfinishedRun(tmp_path, "toy") as run:
+        run.begin(RUN, resume=False)
+        raise KeyboardInterrupt
+    # Other processes, and work that has not begun, leave it to the first.
+    with pytest.raises(KeyboardInterrupt), UnfinishedRun(tmp_path, "other"):
+        raise KeyboardInterrupt
 
 
 def test_samples_without_a_record_are_noticed(tmp_path):
