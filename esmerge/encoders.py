@@ -92,6 +92,8 @@ def write_mllm_files(plan: Plan, folder: Path) -> None:
     processor = MllmProcessor(tokenizer, modalities)
     processor.save_pretrained(folder)
     config = mllm_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), processor).to_dict()
+    for part in (config, config["text_config"]):
+        part.pop("_name_or_path", None)  # the folder that is being written, which has another name when it is done
     write_json(folder / "config.json", {**config, "architectures": [MllmForConditionalGeneration.__name__]})
 
 

@@ -64,6 +64,13 @@ def test_merged_model_has_all_encoders_and_loads_in_one_call(specialists, merge,
     assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+def test_name_of_the_output_is_in_none_of_its_files(merge, recipe):
+    recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+    first, second = merge(recipe, "first"), merge(recipe, "second")
+    for file in first.rglob("*"):
+        assert file.is_dir() or file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
+
+
 def test_adapter_and_full_model_agree(specialists, merge, recipe):
     recipe["coefficients"] = "uniform"
     adapter = load_model(merge(recipe, "adapter"), specialists / "base", dtype=torch.float32)
