@@ -20,8 +20,8 @@ from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
 from hub_cards.parents import REPO_ID, Parent
 from hub_cards.portable import portable
 
-# https://huggingface.co/docs/hub/storage-limits, and what huggingface_hub uploads at most.
-FILE_BYTES = 50 * 1000**3
+# https://huggingface.co/docs/hub/storage-limits
+FILE_BYTES = 500 * 1000**3
 README_BYTES = 1000**2
 
 # Files of a merged model. What an earlier one left of these in a repository goes when a new one comes.
@@ -60,7 +60,11 @@ _ADDED = (CARD_FILE, ".eval_results/*.yaml", "LICEN[CS]E*", "NOTICE*", "*.md", "
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.part", "*.tmp", "*~")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model")
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+# Of the Hub, GitHub, Amazon and others, and private keys.
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|sk-[\w-]{20,})\b"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 _HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[\w.-]+|/root/[\w.-]+")
 
 
@@ -113,7 +117,7 @@ def collect(model: MergedModel, card: Card, base: Parent, token: str | None) -> 
 
 def is_of_a_model(path: str) -> bool:
     """Whether a file in a repository is one that a merged model replaces as a whole."""
-    return any(fnmatchcase(path, pattern) for pattern in _MODEL)
+    return any(fnmatchcase(path, pattern) for pattern in (*_MODEL, *_TOKENIZER))
 
 
 def _paths(folder: Path) -> list[str]:
@@ -179,7 +183,7 @@ def _check_size(upload: Upload) -> None:
     if upload.size > FILE_BYTES:
         raise InputError(
             f"{upload.path} has {upload.size / 1000**3:.1f} GB, and the Hub takes files of at most "
-            f"{FILE_BYTES // 1000**3} GB: merge again with a smaller output.max_shard_size."
+            f"{FILE_BYTES // 1000**3} GB: split it or take it out of the folder."
         )
     if upload.path == CARD_FILE and upload.size > README_BYTES:
         raise InputError(f"{CARD_FILE} is larger than {README_BYTES // 1000} kB: shorten it.")
@@ -207,13 +211,12 @@ def _check_leaks(upload: Upload, folder: Path, token: str | None) -> None:
 
 
 def _path_in(value: Any) -> str | None:
-    """A string that is the absolute path of something here."""
+    """A string that is an absolute path, be it of this machine or of the one that the model was made on."""
     if isinstance(value, Mapping):
         return next(filter(None, map(_path_in, value.values())), None)
     if isinstance(value, list):
         return next(filter(None, map(_path_in, value)), None)
-    is_path = isinstance(value, str) and re.fullmatch(r"/[^/\0\n]+/[^\0\n]{1,1000}", value) and Path(value).exists()
-    return value if is_path else None
+    return value if isinstance(value, str) and re.fullmatch(r"(?:/[\w.@+ -]+){2,}/?", value) else None
 
 
 def stale_files(remote: Sequence[str], sent: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         if not isinstance(reason, _HTTP_ERROR | ConnectionError | TimeoutError):
             raise
         raise InputError(
-            f"the connection to the Hub failed ({_first_line(reason)}), so {repo_id} is as it was; {GO_ON}."
+            f"the connection to the Hub failed ({_first_line(reason)}) before all was done; {GO_ON}."
         ) from error
 
 
@@ -59,10 +59,10 @@ def _sentence(repo_id: str, error: HfHubHTTPError) -> str:
             "did, and run the same command again (or with --pr) to publish on top of it."
         )
     if status == 429:
-        return f"the Hub asks for fewer requests ({reason}), so {repo_id} is as it was: wait some minutes; {GO_ON}."
+        return f"the Hub asks for fewer requests ({reason}) before all was done: wait some minutes; {GO_ON}."
     if status >= 500:
-        return f"the Hub has a problem ({status}: {reason}), so {repo_id} is as it was; {GO_ON}."
-    return f"the Hub refuses this ({status}: {reason}), so {repo_id} is as it was."
+        return f"the Hub has a problem ({status}: {reason}) before all was done; {GO_ON}."
+    return f"the Hub refuses this for {repo_id} ({status}: {reason})."
 
 
 def _first_line(error: object) -> str:

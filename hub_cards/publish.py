@@ -15,7 +15,7 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
@@ -25,7 +25,7 @@ from hub_cards.card import CARD_FILE, Card, Choices, lost_edits, make_card, writ
 from hub_cards.contents import Upload, collect, stale_files
 from hub_cards.hub_errors import LOG_IN, hub_errors
 from hub_cards.merged_model import open_merged_model
-from hub_cards.parents import parents_of
+from hub_cards.parents import Parent, parents_of
 from hub_cards.plan import Destination, Plan
 from hub_cards.usage import loading_code
 
@@ -77,8 +77,8 @@ def publish(
         None if `confirm` refused.
 
     Raises:
-        InputError: if the model, the card or the destination is not fit for it, or the Hub refuses; the repository is
-            then as it was.
+        InputError: if the model, the card or the destination is not fit for it, or the Hub refuses. Nothing of the
+            model is published then, unless all of it is and only the answer or the tag is missing.
     """
     _check_destination(destination)
     token = get_token()
@@ -94,6 +94,8 @@ def publish(
     with hub_errors(destination.repo_id):
         user = _writer(api, destination)
         _check_card(card)
+        if model.is_adapter:
+            _check_base(api, base)
         repository = _look(api, destination, user)
         plan = _compare(destination, repository, uploads)
         plan = replace(plan, left_out=left_out, notes=card.notes)
@@ -134,6 +136,19 @@ def _check_card(card: Card) -> None:
         raise InputError(f"the Hub does not accept the metadata of {CARD_FILE}: {_objections(str(error))}.") from error
 
 
+def _check_base(api: HfApi, base: Parent) -> None:
+    """Raise `InputError` if the base of an adapter is not on the Hub: nobody could load the adapter."""
+    assert base.repo_id is not None
+    try:
+        api.model_info(base.repo_id, revision=base.commit)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at {base.commit}" if isinstance(error, RevisionNotFoundError) else ""
+        raise InputError(
+            f"the adapter's base {base.repo_id} is not on the Hub{at}: say what it is called there with --base-model "
+            "user/base (or user/base@revision)."
+        ) from error
+
+
 def _objections(answer: str) -> str:
     try:
         return "; ".join(str(error["message"]) for error in json.loads(answer)["errors"])
@@ -149,7 +164,8 @@ def _writer(api: HfApi, destination: Destination) -> str:
     if access.get("role") == "read":
         raise InputError(f"the token of {name} can only read: {LOG_IN}.")
     names = [name, *(str(organization["name"]) for organization in found.get("orgs", []))]
-    if namespace.lower() not in [own.lower() for own in names] and not destination.pull_request:
+    proposes = destination.pull_request or (destination.revision or "").startswith("refs/pr/")
+    if namespace.lower() not in [own.lower() for own in names] and not proposes:
         raise InputError(
             f"{destination.repo_id} belongs to {namespace}, and you are {' or '.join(names)}: publish as "
             f"{name}/{destination.repo_id.partition('/')[2]}, or propose it to them with --pr."
@@ -179,10 +195,12 @@ def _look(api: HfApi, destination: Destination, user: str) -> _Repository:
         revision = _own_pull_request(api, destination, user)
     elif revision is not None and revision not in commits and revision.startswith("refs/"):
         raise InputError(f"{repo_id} has no {revision}: check --revision.")
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    if revision in tags:
+        raise InputError(f"--revision {revision} is a tag of {repo_id}, which stays where it is: give a branch.")
     commit = commits.get(revision or constants.DEFAULT_REVISION, info.sha)
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    tags = {ref.name: ref.target_commit for ref in refs.tags}
     return _Repository(True, bool(info.private), (revision or "main") in commits, commit, revision, files, tags)
 
 

@@ -199,6 +199,10 @@ def test_pull_request_to_somebody_else(merged, publish, refused, api, monkeypatc
     assert "belongs to owner" in refused(merged)
     publish(merged, "--pr")
     assert "NOTICE" in files(api, revision="refs/pr/1")
+    (merged / "LICENSE").write_text("Free.\n")
+    publish(merged, "--revision", "refs/pr/1")
+    assert "LICENSE" in files(api, revision="refs/pr/1")
+    assert not {"NOTICE", "LICENSE"} & files(api)
 
 
 def test_branch_tag_and_private(merged, publish, refused, api):
@@ -211,6 +215,7 @@ def test_branch_tag_and_private(merged, publish, refused, api):
     publish(merged, "--tag", "v1")
     (merged / "NOTICE").write_text("New.\n")
     assert "has a tag v1 already" in refused(merged, "--tag", "v1")
+    assert "v1 is a tag" in refused(merged, "--revision", "v1")
 
 
 def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused, api, connected, tmp_path):
@@ -218,6 +223,8 @@ def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused,
     recipe["specialists"]["molecule"]["model"] = str(llama / "molecule")
     folder = merge({**recipe, "coefficients": "uniform"})
     assert "--base-model" in refused(folder)
+    assert "lab/none is not on the Hub" in refused(folder, "--base-model", "lab/none")
+    assert "lab/base is not on the Hub at v9" in refused(folder, "--base-model", "lab/base@v9")
     publish(folder, "--base-model", "lab/base")
     there = snapshot_download(REPO)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -235,7 +242,9 @@ def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused,
         ("NOTICE", "see /home/jane/models", "/home/jane"),
         ("NOTICE", "token hf_" + "aB3" * 12, "access token"),
         ("NOTICE", "hf_ownersWriteToken", "access token"),
-        ("generation_config.json", '{"cache": "/usr/bin/env"}', "/usr/bin/env"),
+        ("NOTICE", "ghp_" + "aB3" * 12, "access token"),
+        ("NOTICE", "-----BEGIN RSA PRIVATE KEY-----", "access token"),
+        ("generation_config.json", '{"cache": "/mnt/cluster/jane"}', "/mnt/cluster/jane"),
         ("results/b3db.json", "{}", "b3db.json"),
         ("adapter_model.safetensors", "broken", "adapter_model.safetensors"),
         ("tokenizer.json", "{}", "tokenizer"),
@@ -254,8 +263,8 @@ def test_unfit_folders(merged, refused, from_hub, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no esmerge result" in refused(tmp_path / "empty")
     with (merged / "LICENSE").open("wb") as stream:
-        stream.truncate(50_000_000_001)  # sparse
-    assert "50 GB" in refused(merged)
+        stream.truncate(500_000_000_001)  # sparse
+    assert "500 GB" in refused(merged)
     (merged / "LICENSE").unlink()
     (merged / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in refused(merged)
@@ -420,6 +429,7 @@ def test_the_model_is_replaced_as_a_whole(merged, publish, api):
     publish(merged)
     api.upload_file(path_or_fileobj=b"mine", path_in_repo="examples/notes.txt", repo_id=REPO)
     shutil.rmtree(merged / "modalities")
+    api.upload_file(path_or_fileobj=b"{}", path_in_repo="added_tokens.json", repo_id=REPO)
     assert "- modalities/protein/config.json" in publish(merged)
-    assert "modalities/protein/config.json" not in files(api)
+    assert not {"modalities/protein/config.json", "added_tokens.json"} & files(api)
     assert "examples/notes.txt" in files(api)
