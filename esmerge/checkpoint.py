@@ -296,6 +296,8 @@ class Checkpoint:
 
     def content_hash(self) -> str:
         """XXH3 over the files' names, headers and tensors; what was not read in order so far is read now."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(self.tensor_hash, self.tensors))
         digest = xxhash.xxh3_128()
         for file in sorted(self.files):
             digest.update(file.name.encode())

@@ -1,8 +1,8 @@
 """Bytes of tensors to and from files, without a copy and without a lock around the transfer."""
 
+import ctypes
 import os
 
-import torch
 from torch import Tensor
 
 # Linux moves at most 0x7FFFF000 bytes in one call.
@@ -11,7 +11,12 @@ _MAX_TRANSFER = 1 << 30
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; writing to it changes the tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    if not tensor.is_contiguous():
+        raise ValueError(f"the bytes of a tensor of strides {tensor.stride()} are not in one piece")
+    # A view of the tensor would hand the interpreter to another thread, which costs more than making the view.
+    array = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # what is made from an address does not keep it alive
+    return memoryview(array).cast("B")
 
 
 def read_into(descriptor: int, tensor: Tensor, offset: int) -> None:

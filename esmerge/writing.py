@@ -1,6 +1,7 @@
 """Merges all tensors of a plan, several at a time, and writes them where they belong."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from esmerge import results
 from esmerge.checkpoint import Checkpoint, CheckpointWriter
-from esmerge.deltas import Delta, LoraDelta, ValueDelta
+from esmerge.deltas import Delta, LoraDelta, ValueDelta, is_finite
 from esmerge.encoders import (
     LLM_PREFIX,
     copy_encoders,
@@ -27,14 +28,13 @@ from esmerge.merging import (
     Merger,
     Statistics,
     TensorStream,
-    is_finite,
     merge_factors,
     merge_low_rank,
     merged_blocks,
     summed_blocks,
 )
 from esmerge.plan import Plan, agreed, common_scaling
-from esmerge.scores import row_blocks
+from esmerge.scores import BLOCK_ELEMENTS, row_blocks
 from esmerge.specialists import LoraSpecialist
 from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
@@ -59,6 +59,8 @@ class Output:
 
     targets: list[Target]
     writer: CheckpointWriter
+    # Whether a target is so little work that threads would mostly wait for the interpreter.
+    is_light = False
 
     def __init__(self, plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> None:
         self.plan, self.merger, self.folder = plan, merger, folder
@@ -151,6 +153,8 @@ class AdapterOutput(Output):
             self._ranks[self._module(target)] = (own_rank, scaling * own_rank)
             layout[self._factor(target, "A")] = (dtype, (own_rank, target.shape[1]))
             layout[self._factor(target, "B")] = (dtype, (target.shape[0], own_rank))
+        elements = sum(math.prod(shape) for _, shape in layout.values())
+        self.is_light = self.factors is not None and elements <= len(layout) * BLOCK_ELEMENTS
         self.writer = CheckpointWriter(folder, layout, stem="adapter_model", max_shard_bytes=1 << 62)
 
     def key(self, target: Target) -> str:
@@ -275,6 +279,10 @@ class FullOutput(Output):
         return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows, "encoders": encoders}
 
 
+# A target, and the outputs that want it.
+_Pending = tuple[Target, Sequence[Output]]
+
+
 def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> Output:
     """The output that the plan's recipe asks for."""
     kind = AdapterOutput if plan.recipe.output.format == "adapter" else FullOutput
@@ -292,7 +300,8 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     device, changing = torch.device(plan.recipe.device), set[int]()
     several = len(outputs) > 1
 
-    def write(target: Target, wanting: Sequence[Output]) -> None:
+    def write(entry: _Pending) -> None:
+        target, wanting = entry
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         with ExitStack() as stack:
@@ -310,24 +319,37 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
 
     _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+    if all(output.is_light for output in outputs):
+        workers = 1
     total = sum(_bytes(target) for target, _ in pending)
     with (
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar,
         single_threaded_operators(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        futures = {pool.submit(write, target, wanting): target for target, wanting in pending}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(_bytes(futures[future]))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for target in _each(write, pending, workers):
+            bar.update(_bytes(target))
     if len(pending) == len(outputs[0].targets):
         for index, specialist in enumerate(plan.specialists):
             if index not in changing:
                 logger.warning("specialist %s is identical to the base: its delta is zero everywhere", specialist.name)
+
+
+def _each(write: Callable[[_Pending], None], pending: Sequence[_Pending], workers: int) -> Iterator[Target]:
+    """Write all that is pending on some threads; yields each target once it is written."""
+    if workers == 1:
+        for entry in pending:
+            write(entry)
+            yield entry[0]
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(write, entry): entry[0] for entry in pending}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _keep_freed_memory() -> None:

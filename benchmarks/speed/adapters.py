@@ -126,7 +126,7 @@ def ours(folder: Path, combination: str) -> dict[str, float]:
 
 
 def _ours_alone(recipe: Any) -> float:
-    """Seconds of the same merge with all factors in memory, before and after, on as many threads."""
+    """Seconds of the same merge with all factors in memory, before and after, on as many threads as a merge takes."""
     import torch
 
     from esmerge.merging import TensorStream, merge_factors, merge_low_rank
@@ -144,7 +144,8 @@ def _ours_alone(recipe: Any) -> float:
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, own, device)
         return merge_low_rank(merger, target.name, target.layer, stream, RANK)
 
-    threads = torch.get_num_threads()
+    # Factors are so small that a merge takes one thread for them.
+    threads = 1 if recipe.space == "factors" else torch.get_num_threads()
     torch.set_num_threads(1)
     watch = Stopwatch()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

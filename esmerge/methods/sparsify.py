@@ -120,21 +120,26 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
             return drawn.lt_(density).mul_(block).div_(density)
 
         return sparsify_as_peft
-    first, second = (_Bytes(int(torch.randint(1 << 62, (), generator=generator))) for _ in range(2))
     high, low = divmod(max(1, round(density * _BYTE**2)), _BYTE)
+    zero = torch.zeros(())
+    first, second = _random_bytes(generator), _random_bytes(generator) if low else None
 
     def sparsify(block: Tensor) -> Tensor:
         drawn = first.draw(block.numel())
         kept = drawn < high
-        if low:
+        if second is not None:
             # One byte decides nearly always; a second one where it is equal to the limit's.
             equal = np.flatnonzero(drawn == high)
             kept[equal] = second.draw(len(equal)) < low
         # Torch multiplies by floats faster than numpy and torch do by booleans.
         mask = torch.from_numpy(kept.view(np.int8)).to(block.dtype).view(block.shape)
-        return mask.mul_(block).mul_(1 / density)
+        return torch.addcmul(zero, mask, block, value=1 / density, out=mask)
 
     return sparsify
+
+
+def _random_bytes(generator: torch.Generator) -> "_Bytes":
+    return _Bytes(int(torch.randint(1 << 62, (), generator=generator)))
 
 
 class _Bytes:

@@ -120,12 +120,12 @@ def _left_out(name: str, folder: Path, encoder: SpecialistEncoder | None) -> dic
 
 def are_twins(one: Specialist, other: Specialist) -> bool:
     """Whether two specialists are the same, bit by bit, however they are stored; costs little if they are not."""
-    if one.tensors.keys() != other.tensors.keys() or not one.is_scaled_as(other):
+    tensors, others = one.tensors, other.tensors
+    if tensors.keys() != others.keys() or not one.is_scaled_as(other):
         return False
     # Small ones first: the first that differs tells.
-    names = sorted(one.tensors, key=lambda name: one.checkpoint.info(one.tensors[name]).nbytes)
-    pairs = [(one.tensors[name], other.tensors[name]) for name in names]
-    return all(same_tensor(one.checkpoint, own, other.checkpoint, others) for own, others in pairs)
+    names = sorted(tensors, key=lambda name: one.checkpoint.info(tensors[name]).nbytes)
+    return all(same_tensor(one.checkpoint, tensors[name], other.checkpoint, others[name]) for name in names)
 
 
 def _refuse(name: str, field: str, given: Path | None, kind: str) -> None:

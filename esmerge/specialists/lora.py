@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, SumDelta, ValueDelta
+from esmerge.deltas import Delta, DoraDelta, LoraDelta, RowDelta, ShiftDelta, SumDelta, ValueDelta, is_finite
 from esmerge.errors import InputError
 from esmerge.names import base_module, canonical_name, natural_order, peft_module
 from esmerge.sources import read_json
@@ -306,7 +306,7 @@ class LoraSpecialist:
 
     def _read(self, tensor: str) -> Tensor:
         values = self.checkpoint.read(tensor).float()
-        if not values.isfinite().all():
+        if not is_finite(values):
             raise InputError(
                 f"{self.checkpoint.info(tensor).file}: tensor {tensor} has NaN or infinite values; "
                 "save or download the adapter again."
