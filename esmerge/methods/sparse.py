@@ -34,29 +34,38 @@ def elected_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = 
         lambda_: scale of the result.
     """
     add = _agreeing_mean if normalize else _agreeing_sum
-    shape, flat = deltas[0].shape, [delta.reshape(-1) for delta in deltas]
-    scalar = weights[0].numel() == 1
-    whole = weights.reshape(len(deltas), 1) if scalar else weights.expand(-1, *shape).reshape(len(deltas), -1)
-    spans = [slice(start, start + CACHE_ELEMENTS) for start in range(0, len(flat[0]), CACHE_ELEMENTS)]
-    parts = [add(whole if scalar else whole[:, span], [delta[span] for delta in flat]) for span in spans]
-    merged = (parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat[0]).reshape(shape)
+    shape, scalar = deltas[0].shape, weights[0].numel() == 1
+    whole: _Weights = weights.flatten().tolist() if scalar else weights
+    if deltas[0].numel() <= CACHE_ELEMENTS:
+        merged = add(whole, deltas)
+    else:
+        flat = [delta.reshape(-1) for delta in deltas]
+        spans = [slice(start, start + CACHE_ELEMENTS) for start in range(0, len(flat[0]), CACHE_ELEMENTS)]
+        rows = weights if scalar else weights.expand(-1, *shape).reshape(len(deltas), -1)
+        parts = [add(whole if scalar else rows[:, span], [delta[span] for delta in flat]) for span in spans]
+        merged = torch.cat(parts).reshape(shape)
     return merged if lambda_ == 1 else merged.mul_(lambda_)
 
 
-# Arithmetic on floats is several times faster than masks of booleans, and in place than into new memory.
-def _agreeing_sum(weights: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+# Numbers, or tensors that broadcast against the deltas.
+_Weights = Sequence[float] | Tensor
+
+
+# Arithmetic on floats is several times faster than masks of booleans, and in place than into new memory. Operators on
+# single numbers are left to Python: each one of torch's may hand the interpreter to another thread.
+def _agreeing_sum(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
     """Sum of what agrees with the total's sign: half of the total's magnitude and the sum of magnitudes together."""
-    halves = 0.5 * weights
+    halves = [0.5 * weight for weight in weights]
     total = deltas[0].mul_(halves[0])
     magnitudes = total.abs()
     for half, delta in zip(halves[1:], deltas[1:], strict=True):
         _add_product(total, delta, half)
-        _add_product(magnitudes, delta.abs_(), half.abs())
+        _add_product(magnitudes, delta.abs_(), abs(half))
     signs = _sign_bits(total)
     return _set_bits(magnitudes.add_(total.abs_()), signs)
 
 
-def _agreeing_mean(weights: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
     """The same sum, divided by the sum of the weights that took part in it."""
     weighted = [delta.mul_(weight) for weight, delta in zip(weights, deltas, strict=True)]
     total = weighted[0].clone()
@@ -74,11 +83,11 @@ def _agreeing_mean(weights: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     return total.mul_(sign).div_(divisor.add_(1 - divisor.sign().abs_()))
 
 
-def _add_product(total: Tensor, values: Tensor, weight: Tensor) -> None:
-    if weight.numel() == 1:
-        total.add_(values, alpha=weight.item())
-    else:
+def _add_product(total: Tensor, values: Tensor, weight: float | Tensor) -> None:
+    if isinstance(weight, Tensor):
         total.addcmul_(values, weight)
+    else:
+        total.add_(values, alpha=weight)
 
 
 # A sign is one bit, and these take a fraction of the time of `copysign`.

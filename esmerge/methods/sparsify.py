@@ -132,7 +132,7 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
             equal = np.flatnonzero(drawn == high)
             kept[equal] = second.draw(len(equal)) < low
         # Torch multiplies by floats faster than numpy and torch do by booleans.
-        mask = torch.from_numpy(kept.view(np.int8)).to(block.dtype).view(block.shape)
+        mask = torch.from_numpy(kept.view(np.int8).reshape(block.shape)).to(block.dtype)
         return torch.addcmul(zero, mask, block, value=1 / density, out=mask)
 
     return sparsify
