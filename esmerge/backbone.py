@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.errors import InputError
+from esmerge.errors import InputError, first_line
 from esmerge.names import canonical_name, canonical_names
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
@@ -230,7 +230,7 @@ def _usable_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {device} cannot be used here: {first_line(error)}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

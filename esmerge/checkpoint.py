@@ -101,6 +101,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
+def weights_stem(folder: Path) -> str:
+    """What the names of the files with weights begin with in the folder of a model: an adapter's or a whole one's."""
+    return "adapter_model" if (folder / "adapter_config.json").exists() else "model"
+
+
 def open_files(folder: Path, stem: str) -> dict[Path, list[str] | None]:
     """The safetensors files of the checkpoint `stem` in `folder`, with the tensors that its index puts there.
 

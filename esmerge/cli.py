@@ -148,13 +148,13 @@ def inspect(
 
     Example: `esmerge inspect merged`
     """
-    from esmerge.figures import draw_figures
+    from esmerge.figures import FIGURES_FOLDER, draw_figures
     from esmerge.results import read_coefficients
     from esmerge.tables import print_coefficients
 
     coefficients = read_coefficients(folder)
     print_coefficients(coefficients)
-    for file in draw_figures(coefficients, folder / "figures"):
+    for file in draw_figures(coefficients, folder / FIGURES_FOLDER):
         print(file)
 
 
@@ -342,9 +342,10 @@ def card(
     Example: `esmerge card merged --license apache-2.0`
     """
     from hub_cards.card import CARD_FILE, Choices, make_card, write_card
+    from hub_cards.merged_model import open_merged_model
 
     _imported()
-    made = make_card(folder, Choices(licence, base_model), template)
+    made = make_card(open_merged_model(folder), Choices(licence, base_model), template)
     write_card(folder, made)
     print(folder / CARD_FILE)
     for note in made.notes:
@@ -390,6 +391,8 @@ def publish(
 
     def confirm(plan: Plan) -> bool:
         print(plan)
+        if yes and plan.warning:
+            print(f"esmerge: WARNING: {plan.warning}.", file=sys.stderr)
         if dry_run or yes:
             return not dry_run
         try:

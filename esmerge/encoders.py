@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esmerge.checkpoint import CheckpointWriter
 from esmerge.modalities import save_modality
-from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE, modality_settings
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM, modality_settings
 from esmerge.plan import Plan
 from esmerge.results import write_json
 from esmerge.scores import row_blocks
@@ -19,7 +19,6 @@ from esmerge.specialists import SpecialistEncoder
 # Where a multimodal checkpoint has its parts.
 LLM_PREFIX = "language_model."
 ENCODERS_PREFIX = "encoders."
-_WEIGHTS_STEM = WEIGHTS_FILE.removesuffix(".safetensors")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -58,7 +57,7 @@ def write_modalities(plan: Plan, folder: Path) -> int:
         save_modality(encoder.modality, place)
         if encoder.tensors or encoder.made:
             # No shards: an encoder is read whole, by one call.
-            writer = CheckpointWriter(place, encoder.layout, stem=_WEIGHTS_STEM, max_shard_bytes=1 << 62)
+            writer = CheckpointWriter(place, encoder.layout, stem=WEIGHTS_STEM, max_shard_bytes=1 << 62)
             _copy(encoder, writer, "")
             writer.finish()
     return len(encoders_layout(plan))

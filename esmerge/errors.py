@@ -1,4 +1,4 @@
-"""Exceptions whose messages are for the user."""
+"""Exceptions whose messages are for the user, and what is needed to write them."""
 
 
 class InputError(Exception):
@@ -10,3 +10,9 @@ class InputError(Exception):
 
 class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt
     """Ctrl-C in work that can be gone on with; the message says how. The command line exits with code 130."""
+
+
+def first_line(error: object) -> str:
+    """The first line of what another library says, without a full stop at its end; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -8,6 +8,8 @@ from esmerge.results import StoredCoefficients
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Where a result has them.
+FIGURES_FOLDER = "figures"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the base is grey.
 _BASE_COLOR = "#7f7f7f"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")

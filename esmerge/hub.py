@@ -27,17 +27,19 @@ from esmerge.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Files beside the weights that a model can need, in the folder of the repository itself.
-_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 _RECORD_FILE = "esmerge.yaml"
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
 # Folders that belong to a model, whole; all others hold the same weights in other formats, or logs.
-_FOLDERS = ("modalities", "additional_chat_templates")
-_STEMS = ("adapter_model", "model")
+_FOLDERS = ("modalities", CHAT_TEMPLATES_FOLDER)
 _MARKERS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(
     r"hf://(?:(?P<kind>datasets|models)/)?(?P<repo>(?!datasets/|models/|spaces/)[^/@]+/[^/@]+)"
     r"(?:@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/]+))?/(?P<path>.+)"
 )
+# What requests to the Hub say that they are of.
+LIBRARY: dict[str, Any] = {"library_name": "esmerge", "library_version": __version__}
 _TIMEOUT = 30.0
 # What is in a commit never changes.
 _LISTINGS: dict[tuple[str, str, str, str], "Listing"] = {}
@@ -141,7 +143,7 @@ def fetch_model(repo_id: str, revision: str | None, field: str, with_code: bool 
     if listing is None:
         return _cached_snapshot(repo_id, revision, field)
     names = _needed(listing, field, with_code)
-    _check_room(listing, names, field)
+    _check_room(listing, _not_cached(listing, names), field)
     return _download(listing, names, revision, field)
 
 
@@ -162,7 +164,7 @@ def fetch_file(file: HubFile, field: str) -> tuple[Path, str]:
     }
     with _refusals(field, file.repo_id, file.revision, file.kind):
         try:
-            found = hf_hub_download(**place, **_library())
+            found = hf_hub_download(**place, **LIBRARY)
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise
@@ -171,7 +173,7 @@ def fetch_file(file: HubFile, field: str) -> tuple[Path, str]:
             raise InputError(
                 f"{field}: {file.repo_id} has no file {file.path}{f' (it has {_listed(there)})' if there else ''}."
             ) from error
-        except _transport_error() as error:
+        except transport_error() as error:
             cached = try_to_load_from_cache(**place)
             if _status(error) is not None or not isinstance(cached, str):
                 raise
@@ -208,17 +210,15 @@ class PartialCopies:
 
     def add(self, repo_id: str, revision: str | None, field: str, with_code: bool = False) -> None:
         """Make such a folder, unless all that is needed is in the cache or the Hub cannot be reached."""
-        from huggingface_hub import try_to_load_from_cache
-
         listing = _list(repo_id, revision, "model", field)
         if listing is None or (repo_id, revision) in self.folders:
             return
         names = _needed(listing, field, with_code)
-        cached = {name: try_to_load_from_cache(repo_id, name, revision=listing.commit) for name in names}
-        absent = [n for n in names if n.endswith(".safetensors") and not isinstance(cached[n], str)]
+        missing = _not_cached(listing, names)
+        absent = [name for name in missing if name.endswith(".safetensors")]
         if not absent:
             return
-        _check_room(listing, names, field)
+        _check_room(listing, missing, field)
         snapshot = _download(listing, [name for name in names if name not in absent], revision, field)
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="esmerge-headers-"))
         folder = self._folder / str(len(self.folders)) / repo_id.rpartition("/")[2]
@@ -232,14 +232,13 @@ class PartialCopies:
 
     def _begin(self, file: Path, listing: Listing, name: str, field: str) -> None:
         """A file that is as long as the one on the Hub and has its header."""
-        remote = _RemoteFile(listing, name)
         size = listing.files[name]
         with file.open("wb") as stream:
             stream.truncate(size)
-            start = remote.read(0, min(_HEADER_BYTES, size))
+            start = _read_range(listing, name, 0, min(_HEADER_BYTES, size))
             header = 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
             if len(start) < header <= size:
-                start += remote.read(len(start), header - len(start))
+                start += _read_range(listing, name, len(start), header - len(start))
             stream.write(start)
 
         def fetch(offset: int, count: int) -> None:
@@ -248,7 +247,7 @@ class PartialCopies:
                 if self._left < 0:
                     raise NotHereError(name)
             with _refusals(field, listing.repo_id, listing.commit):
-                content = remote.read(offset, count)
+                content = _read_range(listing, name, offset, count)
             with file.open("r+b") as stream:
                 os.pwrite(stream.fileno(), content, offset)
 
@@ -263,27 +262,18 @@ class PartialCopies:
         return message
 
 
-@dataclass(frozen=True)
-class _RemoteFile:
-    listing: Listing
-    name: str
+def _read_range(listing: Listing, name: str, offset: int, count: int) -> bytes:
+    """Some bytes of a file, by a range request."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    def read(self, offset: int, count: int) -> bytes:
-        """Some bytes of the file, by a range request."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-        if not count:
-            return b""
-        url = hf_hub_url(self.listing.repo_id, self.name, revision=self.listing.commit)
-        headers = {**build_hf_headers(**_library()), "Range": f"bytes={offset}-{offset + count - 1}"}
-        response = http_backoff("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT)
-        hf_raise_for_status(response)
-        return response.content[:count] if response.status_code == 206 else response.content[offset : offset + count]
-
-
-def _library() -> dict[str, Any]:
-    return {"library_name": "esmerge", "library_version": __version__}
+    if not count:
+        return b""
+    url = hf_hub_url(listing.repo_id, name, revision=listing.commit)
+    headers = {**build_hf_headers(**LIBRARY), "Range": f"bytes={offset}-{offset + count - 1}"}
+    response = http_backoff("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT)
+    hf_raise_for_status(response)
+    return response.content[:count] if response.status_code == 206 else response.content[offset : offset + count]
 
 
 def _list(repo_id: str, revision: str | None, kind: str, field: str) -> Listing | None:
@@ -295,11 +285,11 @@ def _list(repo_id: str, revision: str | None, kind: str, field: str) -> Listing 
     known = (constants.ENDPOINT, kind, repo_id, revision or "")
     if known in _LISTINGS:
         return _LISTINGS[known]
-    api = HfApi(**_library())
+    api = HfApi(**LIBRARY)
     with _refusals(field, repo_id, revision, kind):
         try:
             info: Any = api.repo_info(repo_id, revision=revision, repo_type=kind, files_metadata=True, timeout=_TIMEOUT)
-        except _transport_error() as error:
+        except transport_error() as error:
             if _status(error) is not None:
                 raise
             if _in_cache(repo_id, revision) is None:
@@ -312,11 +302,11 @@ def _list(repo_id: str, revision: str | None, kind: str, field: str) -> Listing 
 
 def _needed(listing: Listing, field: str, with_code: bool) -> list[str]:
     """The files of a model that are needed: no pickles, no second copy of the weights."""
-    suffixes = (*_SMALL_FILES, *((".py",) if with_code else ()))
+    suffixes = (*SMALL_FILES, *((".py",) if with_code else ()))
     files = list(listing.files)
     own = [name for name in files if "/" not in name]
     needed = [n for n in own if n == _RECORD_FILE or (n.endswith(suffixes) and not n.endswith(".index.json"))]
-    needed += [n for n in files if n.startswith(_FOLDERS) and "/" in n and n.endswith((*_SMALL_FILES, ".safetensors"))]
+    needed += [n for n in files if n.startswith(_FOLDERS) and "/" in n and n.endswith((*SMALL_FILES, ".safetensors"))]
     stem = "adapter_model" if "adapter_config.json" in own else "model"
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
     if single in own:
@@ -336,7 +326,7 @@ def _shards(listing: Listing, index: str, field: str) -> list[str]:
     from huggingface_hub import hf_hub_download
 
     with _refusals(field, listing.repo_id, listing.commit):
-        file = Path(hf_hub_download(listing.repo_id, index, revision=listing.commit, **_library()))
+        file = Path(hf_hub_download(listing.repo_id, index, revision=listing.commit, **LIBRARY))
     try:
         shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -346,13 +336,17 @@ def _shards(listing: Listing, index: str, field: str) -> list[str]:
     return shards
 
 
-def _check_room(listing: Listing, names: list[str], field: str) -> None:
-    from huggingface_hub import constants, try_to_load_from_cache
+def _not_cached(listing: Listing, names: list[str]) -> list[str]:
+    from huggingface_hub import try_to_load_from_cache
 
-    absent = [
-        n for n in names if not isinstance(try_to_load_from_cache(listing.repo_id, n, revision=listing.commit), str)
-    ]
-    needed = sum(listing.files[name] for name in absent)
+    cached = {name: try_to_load_from_cache(listing.repo_id, name, revision=listing.commit) for name in names}
+    return [name for name in names if not isinstance(cached[name], str)]
+
+
+def _check_room(listing: Listing, missing: list[str], field: str) -> None:
+    from huggingface_hub import constants
+
+    needed = sum(listing.files[name] for name in missing)
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     place = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
@@ -370,7 +364,7 @@ def _download(listing: Listing, names: list[str], revision: str | None, field: s
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
     with _refusals(field, listing.repo_id, revision):
         # By its revision, which the cache then knows the commit of when the Hub cannot be reached.
-        return Path(snapshot_download(listing.repo_id, revision=revision, allow_patterns=patterns, **_library()))
+        return Path(snapshot_download(listing.repo_id, revision=revision, allow_patterns=patterns, **LIBRARY))
 
 
 def _in_cache(repo_id: str, revision: str | None) -> Path | None:
@@ -396,7 +390,7 @@ def _cached_snapshot(repo_id: str, revision: str | None, field: str) -> Path:
     return found
 
 
-def _transport_error() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """What the HTTP library calls all its errors, under whichever name huggingface_hub has that library."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -416,7 +410,7 @@ def _refusals(field: str, repo_id: str, revision: str | None, kind: str = "model
         yield
     except HFValidationError as error:
         raise InputError(f"{field}: {repo_id} is neither a folder nor a valid Hub id (user/repo).") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, _transport_error(), OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, transport_error(), OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk's
         raise InputError(f"{field}: {_reason(error, repo_id, revision, kind)}") from error
@@ -462,8 +456,8 @@ def _known_revisions(repo_id: str, kind: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        refs = HfApi(**_library()).list_repo_refs(repo_id, repo_type=kind)
-    except (_transport_error(), OSError):
+        refs = HfApi(**LIBRARY).list_repo_refs(repo_id, repo_type=kind)
+    except (transport_error(), OSError):
         return ""
     return f"; it has {_listed([ref.name for ref in (*refs.branches, *refs.tags)])}"
 

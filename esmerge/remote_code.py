@@ -32,8 +32,12 @@ def check_remote_code(config: Mapping[str, Any], trusted: bool, what: str) -> No
         )
 
 
+def names_code(folder: Path) -> bool:
+    """Whether a checkpoint's model or its tokenizer names code of its own."""
+    configs = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    return any(read_json(file).get("auto_map") for file in configs if file.exists())
+
+
 def code_files(folder: Path) -> list[Path]:
     """The files with a checkpoint's code, if its model or its tokenizer names some."""
-    configs = [folder / name for name in ("config.json", "tokenizer_config.json")]
-    named = any(read_json(file).get("auto_map") for file in configs if file.exists())
-    return sorted(folder.glob("*.py")) if named else []
+    return sorted(folder.glob("*.py")) if names_code(folder) else []

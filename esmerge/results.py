@@ -18,12 +18,13 @@ from torch import Tensor
 from esmerge import __version__
 from esmerge.checkpoint import Checkpoint, CheckpointWriter
 from esmerge.errors import InputError
+from esmerge.hub import CHAT_TEMPLATES_FOLDER
 from esmerge.remote_code import code_files
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
 RECORD_FILE = "esmerge.yaml"
 # What belongs to a model beside its weights.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -109,7 +110,8 @@ def copy_tokenizer(base: Path, folder: Path, with_code: bool = False) -> None:
     Args:
         with_code: whether the user trusts the code that comes with the base.
     """
-    _copy(base, folder, _TOKENIZER_FILES)
+    templates = [f"{CHAT_TEMPLATES_FOLDER}/{file.name}" for file in (base / CHAT_TEMPLATES_FOLDER).glob("*.jinja")]
+    _copy(base, folder, [*TOKENIZER_FILES, *templates])
     if with_code:
         _copy(base, folder, [file.name for file in code_files(base)])
 
@@ -134,7 +136,15 @@ def copy_model_files(base: Path, folder: Path, changes: Mapping[str, Any], with_
 def _copy(base: Path, folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if (base / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, folder / name)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file, all of it or nothing: what was there before stays until then."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(file)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -243,5 +253,9 @@ def versions() -> dict[str, str]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write esmerge.yaml: the resolved recipe, what its inputs were, and what came out."""
-    text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True, width=100)
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    (folder / RECORD_FILE).write_text(record_text(record), encoding="utf-8")
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as esmerge.yaml holds it."""
+    return yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True, width=100)

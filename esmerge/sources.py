@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esmerge.checkpoint import Checkpoint
+from esmerge.checkpoint import Checkpoint, weights_stem
 from esmerge.errors import InputError
-from esmerge.hub import HubFile, PartialCopies, fetch_file, fetch_model, is_commit, pin, split_reference
-
-# What a merge reads of a folder.
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+from esmerge.hub import SMALL_FILES, HubFile, PartialCopies, fetch_file, fetch_model, is_commit, pin, split_reference
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,7 @@ def content_hash(path: Path, weights: Checkpoint | None = None) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    patterns = [pattern for pattern in PATTERNS if pattern != "*.safetensors"]
-    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
+    files = [path] if path.is_file() else sorted(file for suffix in SMALL_FILES for file in path.glob(f"*{suffix}"))
     buffer = memoryview(bytearray(1 << 20))
     for file in files:
         digest.update(file.name.encode())
@@ -141,3 +137,13 @@ def content_hash(path: Path, weights: Checkpoint | None = None) -> str:
     if weights is not None:
         digest.update(weights.content_hash().encode())
     return f"xxh3:{digest.hexdigest()}"
+
+
+def checkpoint_hash(folder: Path, stem: str | None = None) -> str:
+    """The `content_hash` of a folder with the weights in it.
+
+    Args:
+        stem: what the names of the files with weights begin with, if not as in a model's folder.
+    """
+    with Checkpoint.open(folder, stem or weights_stem(folder)) as checkpoint:
+        return content_hash(folder, checkpoint)

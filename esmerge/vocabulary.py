@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esmerge.errors import InputError
+from esmerge.sources import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +114,13 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
     """Add the specialists' tokens to the copy of the base's tokenizer in `folder`."""
     if not vocabulary.added:
         return
-    content = _read(folder / TOKENIZER_FILE)
+    content = read_json(folder / TOKENIZER_FILE)
     new = [{**_DEFAULTS, **entry} for entry in vocabulary.added]
     content["added_tokens"] = [*content.get("added_tokens", []), *new]
     (folder / TOKENIZER_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     config_file = folder / "tokenizer_config.json"
     if config_file.exists():
-        config = _read(config_file)
+        config = read_json(config_file)
         if "added_tokens_decoder" in config:
             for entry in new:
                 decoded = {key: value for key, value in entry.items() if key != "id"}
@@ -127,19 +128,9 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
             config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is no valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object.")
-    return content
-
-
 def _added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     file = folder / TOKENIZER_FILE
-    return {entry["id"]: entry for entry in _read(file).get("added_tokens", [])} if file.exists() else {}
+    return {entry["id"]: entry for entry in read_json(file).get("added_tokens", [])} if file.exists() else {}
 
 
 def tokens_of(folder: Path) -> dict[int, str]:
@@ -147,8 +138,8 @@ def tokens_of(folder: Path) -> dict[int, str]:
     file = folder / TOKENIZER_FILE
     if not file.exists():
         files = [folder / name for name in _VOCABULARY_FILES if (folder / name).exists()]
-        return {token_id: token for file in files for token, token_id in _read(file).items()}
-    content = _read(file)
+        return {token_id: token for file in files for token, token_id in read_json(file).items()}
+    content = read_json(file)
     vocab = content.get("model", {}).get("vocab", {})
     if isinstance(vocab, list):  # unigram models: [[token, score], ...]
         tokens = {index: entry[0] for index, entry in enumerate(vocab)}

@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from esmerge import __version__
-from esmerge.errors import InputError
-from esmerge.figures import draw_figures
+from esmerge.errors import InputError, first_line
+from esmerge.figures import FIGURES_FOLDER, draw_figures
+from esmerge.results import write_whole
 from hub_cards.edits import digest, join_sections, keep_edits, split_sections
 from hub_cards.licences import Licence, check_licence, inherit, read_licence
-from hub_cards.merged_model import MergedModel, open_merged_model
+from hub_cards.merged_model import MergedModel
 from hub_cards.parents import Parent, parents_of, read_front_matter
 from hub_cards.portable import portable
 from hub_cards.scores import (
@@ -32,7 +33,6 @@ from hub_cards.templating import OWN_TEMPLATE, Template
 from hub_cards.usage import example_code, packages
 
 CARD_FILE = "README.md"
-FIGURES_FOLDER = "figures"
 _STATE = re.compile(r"\s*<!-- esmerge card (\{.*?\}) -->\s*", re.DOTALL)
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -71,13 +71,13 @@ class Card:
         files: content by path in the model's folder.
         stale: files of earlier cards that are to go.
         notes: what the card could not say, a sentence each.
-        choices: the effective ones.
+        base: what the model was merged on.
     """
 
     files: Mapping[str, bytes]
     stale: Sequence[str]
     notes: Sequence[str]
-    choices: Choices
+    base: Parent
 
     @property
     def text(self) -> str:
@@ -85,19 +85,19 @@ class Card:
         return self.files[CARD_FILE].decode()
 
 
-def make_card(folder: Path, choices: Choices, template: Path | None = None) -> Card:
+def make_card(model: MergedModel, choices: Choices, template: Path | None = None) -> Card:
     """The card of a merged model, with what a person edited in the one that is there, if any.
 
     Args:
-        folder: of the model.
+        model: whose card it is.
         choices: those that are None are as they were before.
         template: a Jinja template for the text, instead of esmerge's.
 
     Raises:
-        InputError: if the folder is no result of a merge, its results are not valid, the parents' licences differ and
-            none is chosen, or the template is not valid.
+        InputError: if the model's results are not valid, the parents' licences differ and none is chosen, or the
+            template is not valid.
     """
-    model = open_merged_model(folder)
+    folder = model.folder
     before = _read_card(folder / CARD_FILE)
     body = Template(template)
     if before.state.get("template") not in (None, body.digest) and template is None:
@@ -146,7 +146,7 @@ def make_card(folder: Path, choices: Choices, template: Path | None = None) -> C
     text = _assemble(kept_fields, kept_sections, state, folder / CARD_FILE)
     entries = eval_results_files(results)
     files = {CARD_FILE: text.encode(), **{path: entry.encode() for path, entry in entries.items()}, **figures}
-    return Card(files, _stale_entries(folder, entries), _notes(parents, licence, results), chosen)
+    return Card(files, _stale_entries(folder, entries), _notes(parents, licence, results), parents[0])
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -157,9 +157,7 @@ def write_card(folder: Path, card: Card) -> None:
         file = folder / path
         file.parent.mkdir(exist_ok=True)
         if not file.exists() or file.read_bytes() != content:
-            part = file.with_name(f".{file.name}.part")
-            part.write_bytes(content)
-            part.replace(file)
+            write_whole(file, content)
 
 
 def lost_edits(there: str, here: str) -> list[str]:
@@ -249,8 +247,7 @@ def _assemble(metadata: Mapping[str, Any], sections: Mapping[str, str], state: M
     try:
         ModelCard(text)
     except (ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the metadata at the top of {file} are not valid: {reason}") from error
+        raise InputError(f"the metadata at the top of {file} are not valid: {first_line(error)}.") from error
     return text
 
 

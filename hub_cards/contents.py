@@ -5,20 +5,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import CommitOperationAdd
 
+from esmerge.checkpoint import PICKLE_SUFFIXES
 from esmerge.errors import InputError
+from esmerge.figures import FIGURES_FOLDER
+from esmerge.hub import CHAT_TEMPLATES_FOLDER
 from esmerge.modalities.registry import MODALITIES_FOLDER
-from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE
+from esmerge.remote_code import code_files
+from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, TOKENIZER_FILES, record_text
 from esmerge.sources import read_json
 from hub_cards.card import CARD_FILE, Card
 from hub_cards.loading_check import check_loads
 from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
 from hub_cards.parents import REPO_ID, Parent
 from hub_cards.portable import portable
+from hub_cards.scores import EVAL_RESULTS_FOLDER, RESULTS_FOLDER
 
 # https://huggingface.co/docs/hub/storage-limits
 FILE_BYTES = 500 * 1000**3
@@ -38,26 +44,23 @@ _MODEL = (
     COEFFICIENTS_FILE,
     RECORD_FILE,
     f"{MODALITIES_FOLDER}/*",
-    "figures/*.png",
-    "results/*.json",
+    f"{FIGURES_FOLDER}/*.png",
+    f"{RESULTS_FOLDER}/*.json",
 )
 _TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "*.model",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
+    f"{CHAT_TEMPLATES_FOLDER}/*.jinja",
     "processor_config.json",
     "preprocessor_config.json",
 )
 # What a person may add, for the card or beside it.
-_ADDED = (CARD_FILE, ".eval_results/*.yaml", "LICEN[CS]E*", "NOTICE*", "*.md", "*.png", "*.jpg", "*.svg", "*.gif")
-_NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.part", "*.tmp", "*~")
+_ADDED = (
+    CARD_FILE,
+    f"{EVAL_RESULTS_FOLDER}/*.yaml",
+    *("LICEN[CS]E*", "NOTICE*", "*.md", "*.png", "*.jpg", "*.svg", "*.gif"),
+)
+_NEVER = (*PICKLE_SUFFIXES, ".pickle", ".part", ".tmp", "~")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model")
 
 # Of the Hub, GitHub, Amazon and others, and private keys.
@@ -85,26 +88,30 @@ class Upload:
         """In bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
+    @cached_property
+    def operation(self) -> CommitOperationAdd:
+        """What puts it into a repository; it is hashed once."""
+        return CommitOperationAdd(self.path, self.content)
+
     def read(self) -> bytes:
         """The bytes."""
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
 
-def collect(model: MergedModel, card: Card, base: Parent, token: str | None) -> tuple[list[Upload], list[str]]:
+def collect(model: MergedModel, card: Card, token: str | None) -> tuple[list[Upload], list[str]]:
     """The files to send, and the paths of those in the folder that are not sent.
 
     Args:
         card: as it is sent.
-        base: what an adapter is for.
         token: must be in none of them.
 
     Raises:
         InputError: if a file is broken, larger than the Hub takes, or holds a path of this machine or a token.
     """
     paths = _paths(model.folder)
-    kept = [path for path in paths if _is_sent(path, model) and path not in card.files and path not in card.stale]
-    uploads = [Upload(path, model.folder / path) for path in kept]
-    uploads = [_cleaned(upload, base) for upload in uploads]
+    code = [file.name for file in code_files(model.folder)]
+    kept = [path for path in paths if _is_sent(path, model, code) and path not in (*card.files, *card.stale)]
+    uploads = [_cleaned(path, model, card.base) for path in kept]
     uploads = sorted([*uploads, *(Upload(*file) for file in card.files.items())], key=lambda upload: upload.path)
     for upload in uploads:
         _check_size(upload)
@@ -124,35 +131,32 @@ def _paths(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
-def _is_sent(path: str, model: MergedModel) -> bool:
-    name = path.rpartition("/")[2]
-    if any(fnmatchcase(name, pattern) for pattern in _NEVER) or (name.startswith(".")):
+def _is_sent(path: str, model: MergedModel, code: Sequence[str]) -> bool:
+    if path.endswith(_NEVER) or path.rpartition("/")[2].startswith("."):
         return False
     other_stem = "model" if model.is_adapter else "adapter_model"
     if "/" not in path and re.match(rf"{other_stem}[-.].*safetensors", path):
         return False
     if path.endswith(".py"):
-        return "auto_map" in json.dumps(model.config) and "/" not in path
+        return path in code
     # A pattern's * would also match what lies in folders below.
     return any(
         fnmatchcase(path, pattern) and (path.count("/") == pattern.count("/") or pattern.startswith(MODALITIES_FOLDER))
         for pattern in (*_MODEL, *_TOKENIZER, *_ADDED)
-    ) and not any(part.startswith(".") and part != ".eval_results" for part in path.split("/"))
+    ) and not any(part.startswith(".") and part != EVAL_RESULTS_FOLDER for part in path.split("/"))
 
 
-def _cleaned(upload: Upload, base: Parent) -> Upload:
+def _cleaned(path: str, model: MergedModel, base: Parent) -> Upload:
     """The file without paths of this machine, where it may hold some for good reasons."""
-    path, file = upload.path, upload.content
-    assert isinstance(file, Path)
+    upload = Upload(path, model.folder / path)
     if path == RECORD_FILE:
-        record = portable(yaml.safe_load(file.read_text(encoding="utf-8")))
-        return Upload(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+        return Upload(path, record_text(portable(model.record)).encode())
     if not path.endswith(".json") or any(fnmatchcase(path, pattern) for pattern in _VOCABULARIES):
         return upload
-    content = read_json(file)
+    content = read_json(model.folder / path)
     if path == ADAPTER_CONFIG:
         cleaned: Any = _with_base(content, base)
-    elif path.startswith("results/"):
+    elif path.startswith(f"{RESULTS_FOLDER}/"):
         cleaned = portable(content)
     else:
         cleaned = _without_names(content)
@@ -223,5 +227,6 @@ def stale_files(remote: Sequence[str], sent: Sequence[str]) -> list[str]:
     """Files of an earlier merged model in a repository that the new one has not: shards, encoders, scores."""
     gone = [path for path in remote if path not in sent and is_of_a_model(path)]
     # Scores that were published for a result go with it; a person's own entries stay.
-    entries = [f".eval_results/{path[8:-5]}.yaml" for path in gone if path.startswith("results/")]
+    scores = [path.partition("/")[2] for path in gone if path.startswith(f"{RESULTS_FOLDER}/")]
+    entries = [f"{EVAL_RESULTS_FOLDER}/{name.removesuffix('.json')}.yaml" for name in scores]
     return sorted([*gone, *(path for path in entries if path in remote and path not in sent)])

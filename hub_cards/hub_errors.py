@@ -10,11 +10,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from esmerge.errors import InputError
+from esmerge.errors import InputError, first_line
+from esmerge.hub import transport_error
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write permission"
-# What the HTTP library calls all its errors, under whichever name huggingface_hub has that library.
-_HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 GO_ON = "the same command goes on, and what has arrived is not sent again"
 
 
@@ -29,21 +28,21 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise InputError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repo_id} has no such branch or pull request: check --revision.") from error
-    except (HfHubHTTPError, _HTTP_ERROR, ConnectionError, TimeoutError, RuntimeError) as error:
+    except (HfHubHTTPError, transport_error(), ConnectionError, TimeoutError, RuntimeError) as error:
         # Uploads raise a RuntimeError from what went wrong.
         reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(reason, HfHubHTTPError):
             raise InputError(_sentence(repo_id, reason)) from error
-        if not isinstance(reason, _HTTP_ERROR | ConnectionError | TimeoutError):
+        if not isinstance(reason, (transport_error(), ConnectionError, TimeoutError)):
             raise
         raise InputError(
-            f"the connection to the Hub failed ({_first_line(reason)}) before all was done; {GO_ON}."
+            f"the connection to the Hub failed ({first_line(reason)}) before all was done; {GO_ON}."
         ) from error
 
 
 def _sentence(repo_id: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code if error.response is not None else 0
-    reason = _first_line(getattr(error, "server_message", None) or error)
+    reason = first_line(getattr(error, "server_message", None) or error)
     if status == 401:
         return f"the Hub does not accept the token ({reason}): {LOG_IN}."
     if status == 403:
@@ -63,8 +62,3 @@ def _sentence(repo_id: str, error: HfHubHTTPError) -> str:
     if status >= 500:
         return f"the Hub has a problem ({status}: {reason}) before all was done; {GO_ON}."
     return f"the Hub refuses this for {repo_id} ({status}: {reason})."
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -71,7 +71,7 @@ def inherit(stated: Sequence[tuple[str, Licence | None]], chosen: str | None) ->
 
     Args:
         stated: the name of each parent, and its licence as far as it is known.
-        chosen: by the user.
+        chosen: by the user, as `check_licence` gives it.
 
     Returns:
         The chosen one, or the one that all parents with a known licence have; None if none has one.
@@ -81,8 +81,7 @@ def inherit(stated: Sequence[tuple[str, Licence | None]], chosen: str | None) ->
     """
     known = [(name, licence) for name, licence in stated if licence is not None]
     if chosen is not None:
-        identifier = check_licence(chosen)
-        return next((licence for _, licence in known if licence.id == identifier), Licence(identifier))
+        return next((licence for _, licence in known if licence.id == chosen), Licence(chosen))
     if len({(licence.id, licence.label) for _, licence in known}) > 1:
         listed = ", ".join(f"{licence.label} ({name})" for name, licence in known)
         raise InputError(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from esmerge.checkpoint import Checkpoint
-from esmerge.errors import InputError
-from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE
+from esmerge.checkpoint import Checkpoint, weights_stem
+from esmerge.errors import InputError, first_line
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM
 from esmerge.remote_code import needs_remote_code
 from esmerge.sources import read_json
 from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
@@ -14,13 +14,12 @@ from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
 
 def check_loads(model: MergedModel) -> None:
     """Open weights, configuration, tokenizer and encoders; `InputError` names the file that is at fault."""
-    with Checkpoint.open(model.folder, model.stem) as checkpoint:
+    with Checkpoint.open(model.folder, weights_stem(model.folder)) as checkpoint:
         if not list(checkpoint):
             raise InputError(f"{checkpoint.files[0]} holds no tensor: merge again.")
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
     for place in sorted((model.folder / MODALITIES_FOLDER).glob("*")):
-        if any(place.glob(f"{stem}*.safetensors")):
-            Checkpoint.open(place, stem).close()
+        if any(place.glob(f"{WEIGHTS_STEM}*.safetensors")):
+            Checkpoint.open(place, WEIGHTS_STEM).close()
     with _named(str(model.folder / (ADAPTER_CONFIG if model.is_adapter else "config.json"))):
         _load_config(model)
     with _named(f"the tokenizer in {model.folder}"):
@@ -59,5 +58,4 @@ def _named(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # whatever a library makes of a broken file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{what} cannot be loaded ({reason}): restore it, or merge again.") from error
+        raise InputError(f"{what} cannot be loaded ({first_line(error)}): restore it, or merge again.") from error

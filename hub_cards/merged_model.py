@@ -46,11 +46,6 @@ class MergedModel:
         found: Mapping[str, Any] = self.record["recipe"]
         return found
 
-    @property
-    def stem(self) -> str:
-        """What the names of the files with weights begin with."""
-        return "adapter_model" if self.is_adapter else "model"
-
 
 def open_merged_model(folder: Path) -> MergedModel:
     """Read all but the weights.

@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from esmerge.checkpoint import Checkpoint
-from esmerge.errors import InputError
-from esmerge.sources import content_hash
+from esmerge.errors import InputError, first_line
+from esmerge.sources import checkpoint_hash
 from hub_cards.licences import Licence, read_licence
 from hub_cards.merged_model import MergedModel
 
@@ -146,8 +145,9 @@ def _hub_card(parent: Parent) -> str | None:
         reason: Exception = error
     except Exception as error:  # whatever the network, the Hub or the file has: a card is no reason to stop
         reason = error
-    text = str(reason).strip().splitlines()
-    logger.warning("the card of %s cannot be read, so its licence is not known: %s", parent.name, (text or ["?"])[0])
+    logger.warning(
+        "the card of %s cannot be read, so its licence is not known: %s", parent.name, first_line(reason)
+    )
     return None
 
 
@@ -165,9 +165,7 @@ def _local_card(parent: Parent, folder: Path) -> str | None:
 
 
 def _has_hash(folder: Path, expected: str | None) -> bool:
-    stem = "adapter_model" if (folder / "adapter_config.json").exists() else "model"
     try:
-        with Checkpoint.open(folder, stem) as checkpoint:
-            return content_hash(folder, checkpoint) == expected
+        return checkpoint_hash(folder) == expected
     except InputError:
         return False

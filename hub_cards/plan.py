@@ -1,9 +1,12 @@
 """What publishing a model would change on the Hub, and how that is shown."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from hub_cards.contents import Upload
+from huggingface_hub import RepoFile
+
+from esmerge.results import RECORD_FILE
+from hub_cards.contents import Upload, is_of_a_model
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,28 @@ class Destination:
 
 
 @dataclass(frozen=True)
+class Repository:
+    """A repository as it is.
+
+    Attributes:
+        exists: whether it does; private: whether it is, or will be.
+        commit: that the new one follows; None in a new repository.
+        revision: the branch or pull request that it is on; None for main, or if a pull request is to be opened.
+        branch_exists: whether that does.
+        files: at the commit, by path.
+        tags: commits by name.
+    """
+
+    exists: bool
+    private: bool = False
+    branch_exists: bool = True
+    commit: str | None = None
+    revision: str | None = None
+    files: Mapping[str, RepoFile] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What publishing would change.
 
@@ -38,16 +63,11 @@ class Plan:
         left_out: files in the folder that are not sent.
         notes: what the card could not say.
         destination: with the message.
-        exists: whether the repository does; private: whether it is, or will be.
-        parent: the commit that this one follows; None in a new repository.
-        revision: the branch or pull request that it is on; None for main, or if a pull request is to be opened.
+        repository: as it is.
     """
 
     destination: Destination
-    exists: bool
-    private: bool
-    parent: str | None
-    revision: str | None
+    repository: Repository
     added: Sequence[Upload] = ()
     changed: Sequence[Upload] = ()
     removed: Sequence[str] = ()
@@ -60,6 +80,17 @@ class Plan:
         """Whether everything is there already."""
         return not (self.added or self.changed or self.removed)
 
+    @property
+    def warning(self) -> str | None:
+        """What somebody may not have meant: that a model goes that esmerge did not make."""
+        if RECORD_FILE in self.repository.files:
+            return None
+        lost = [path for path in (*(upload.path for upload in self.changed), *self.removed) if is_of_a_model(path)]
+        if not lost:
+            return None
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        return f"{self.destination.repo_id} holds another model, whose files this replaces: {lost[0]}{more}"
+
     def __str__(self) -> str:
         """For people: a line per file, then what it is all about."""
         to = self.destination
@@ -67,14 +98,15 @@ class Plan:
         lines += [f"  - {path}" for path in self.removed]
         lines += [f"  not sent: {path}" for path in self.left_out]
         lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  warning: {self.warning}."] if self.warning else []
         size = sum(upload.size for _, upload in self._sent())
-        kind = f"{'private' if self.private else 'public'} repository"
+        kind = f"{'private' if self.repository.private else 'public'} repository"
         where = "a pull request to " if to.pull_request else ""
         at = f" at {to.revision}" if to.revision else ""
         what = f"{len(self.added) + len(self.changed)} files, {_bytes(size)}"
         if self.unchanged:
             what += f" ({self.unchanged} more are there already)"
-        state = "" if self.exists else "new "
+        state = "" if self.repository.exists else "new "
         return "\n".join([f"{what}, for {where}the {state}{kind} {to.repo_id}{at}: {to.message}", *lines])
 
     def _sent(self) -> list[tuple[str, Upload]]:

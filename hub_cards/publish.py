@@ -1,9 +1,8 @@
 """`esmerge publish` on one page: a merged model's folder in, one commit on the Hub out."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import (
@@ -17,16 +16,16 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub.utils.sha import git_hash
 
-from esmerge import __version__
-from esmerge.errors import InputError
+from esmerge.errors import InputError, first_line
+from esmerge.hub import LIBRARY
 from hub_cards.card import CARD_FILE, Card, Choices, lost_edits, make_card, write_card
 from hub_cards.contents import Upload, collect, stale_files
 from hub_cards.hub_errors import LOG_IN, hub_errors
 from hub_cards.merged_model import open_merged_model
-from hub_cards.parents import Parent, parents_of
-from hub_cards.plan import Destination, Plan
+from hub_cards.parents import Parent
+from hub_cards.plan import Destination, Plan, Repository
 from hub_cards.usage import loading_code
 
 
@@ -45,19 +44,6 @@ class Published:
     code: str
     commit: str | None
     sent: bool
-
-
-@dataclass(frozen=True)
-class _Repository:
-    """A repository as it is."""
-
-    exists: bool
-    private: bool = False
-    branch_exists: bool = True
-    commit: str | None = None
-    revision: str | None = None
-    files: dict[str, RepoFile] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 def publish(
@@ -83,28 +69,27 @@ def publish(
     _check_destination(destination)
     token = get_token()
     model = open_merged_model(folder)
-    card = make_card(folder, replace(choices, repo_id=destination.repo_id), template)
-    base = parents_of(model, card.choices.base_model)[0]
-    uploads, left_out = collect(model, card, base, token)
+    card = make_card(model, replace(choices, repo_id=destination.repo_id), template)
+    uploads, left_out = collect(model, card, token)
     if token is None:
         raise InputError(f"nobody is logged in to the Hub: {LOG_IN}.")
     default = f"Publish {destination.repo_id.rpartition('/')[2]}, merged by esmerge"
     destination = replace(destination, message=destination.message or default)
-    api = HfApi(library_name="esmerge", library_version=__version__)
+    api = HfApi(**LIBRARY)
     with hub_errors(destination.repo_id):
         user = _writer(api, destination)
         _check_card(card)
         if model.is_adapter:
-            _check_base(api, base)
+            _check_base(api, card.base)
         repository = _look(api, destination, user)
         plan = _compare(destination, repository, uploads)
         plan = replace(plan, left_out=left_out, notes=card.notes)
-        _check_tag(plan, repository)
+        _check_tag(plan)
         _check_edits(api, plan, card)
         if (not plan.is_empty or (destination.tag and destination.tag not in repository.tags)) and not confirm(plan):
             return None
         write_card(folder, card)
-        commit, revision = (repository.commit, repository.revision) if plan.is_empty else _send(api, plan, repository)
+        commit, revision = (repository.commit, repository.revision) if plan.is_empty else _send(api, plan)
         if destination.tag and destination.tag not in repository.tags:
             api.create_tag(destination.repo_id, tag=destination.tag, revision=commit)
     code = loading_code(model, destination.repo_id, destination.tag or revision)
@@ -117,7 +102,7 @@ def _check_destination(destination: Destination) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{repo_id} is no name that the Hub accepts: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{repo_id} is no name that the Hub accepts: {first_line(error)}.") from error
     if repo_id.count("/") != 1:
         raise InputError(f"{repo_id} does not say whose repository it is: write user/{repo_id}.")
     if destination.pull_request and destination.tag:
@@ -173,7 +158,7 @@ def _writer(api: HfApi, destination: Destination) -> str:
     return name
 
 
-def _look(api: HfApi, destination: Destination, user: str) -> _Repository:
+def _look(api: HfApi, destination: Destination, user: str) -> Repository:
     """The repository as it is now, at the branch or pull request that the files are for."""
     repo_id = destination.repo_id
     try:
@@ -181,7 +166,7 @@ def _look(api: HfApi, destination: Destination, user: str) -> _Repository:
     except RepositoryNotFoundError:
         if destination.pull_request:
             raise
-        return _Repository(False, destination.private, destination.revision is None, None, _named(destination.revision))
+        return Repository(False, destination.private, destination.revision is None, None, _named(destination.revision))
     if destination.private and not info.private:
         raise InputError(
             f"{repo_id} exists and is public: leave out --private, or make it private first "
@@ -201,7 +186,7 @@ def _look(api: HfApi, destination: Destination, user: str) -> _Repository:
     commit = commits.get(revision or constants.DEFAULT_REVISION, info.sha)
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return _Repository(True, bool(info.private), (revision or "main") in commits, commit, revision, files, tags)
+    return Repository(True, bool(info.private), (revision or "main") in commits, commit, revision, files, tags)
 
 
 def _named(revision: str | None) -> str | None:
@@ -223,7 +208,7 @@ def _own_pull_request(api: HfApi, destination: Destination, user: str) -> str | 
     return f"refs/pr/{max(own)}" if own else None
 
 
-def _compare(destination: Destination, repository: _Repository, uploads: Sequence[Upload]) -> Plan:
+def _compare(destination: Destination, repository: Repository, uploads: Sequence[Upload]) -> Plan:
     added = [upload for upload in uploads if upload.path not in repository.files]
     changed = [
         upload
@@ -232,10 +217,7 @@ def _compare(destination: Destination, repository: _Repository, uploads: Sequenc
     ]
     return Plan(
         destination,
-        repository.exists,
-        repository.private,
-        repository.commit,
-        repository.revision,
+        repository,
         added,
         changed,
         stale_files(list(repository.files), [upload.path for upload in uploads]),
@@ -248,14 +230,11 @@ def _is_same(upload: Upload, there: RepoFile) -> bool:
         return False
     if there.lfs is None:
         return git_hash(upload.read()) == there.blob_id
-    if isinstance(upload.content, bytes):
-        return sha_fileobj(io.BytesIO(upload.content)).hex() == there.lfs.sha256
-    with upload.content.open("rb") as stream:
-        return sha_fileobj(stream).hex() == there.lfs.sha256
+    return upload.operation.upload_info.sha256.hex() == there.lfs.sha256
 
 
-def _check_tag(plan: Plan, repository: _Repository) -> None:
-    tag = plan.destination.tag
+def _check_tag(plan: Plan) -> None:
+    tag, repository = plan.destination.tag, plan.repository
     if tag in repository.tags and not (plan.is_empty and repository.tags[tag] == repository.commit):
         raise InputError(
             f"{plan.destination.repo_id} has a tag {tag} already, for commit {repository.tags[tag][:12]}: choose "
@@ -268,26 +247,26 @@ def _check_edits(api: HfApi, plan: Plan, card: Card) -> None:
     if not any(upload.path == CARD_FILE for upload in plan.changed):
         return
     repo_id = plan.destination.repo_id
-    there = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=plan.parent))
+    there = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=plan.repository.commit))
     if lost := lost_edits(there.read_text(encoding="utf-8", errors="replace"), card.text):
-        at = f" --revision {plan.revision}" if plan.revision else ""
+        at = f" --revision {plan.repository.revision}" if plan.repository.revision else ""
         raise InputError(
             f"{CARD_FILE} of {repo_id} was edited on the Hub ({', '.join(lost)}), which would be lost: get it with "
             f"`hf download {repo_id} {CARD_FILE}{at} --local-dir DIR`, and publish again, which keeps those edits."
         )
 
 
-def _send(api: HfApi, plan: Plan, repository: _Repository) -> tuple[str, str | None]:
+def _send(api: HfApi, plan: Plan) -> tuple[str, str | None]:
     """Make the commit; returns its hash and the branch or pull request that it is on, None for main."""
-    destination, revision = plan.destination, repository.revision
-    parent = plan.parent
+    destination, repository = plan.destination, plan.repository
+    revision, parent = repository.revision, repository.commit
     if not repository.exists:
         api.create_repo(destination.repo_id, private=destination.private, exist_ok=True)
         parent = api.repo_info(destination.repo_id).sha
     if revision is not None and not repository.branch_exists:
         api.create_branch(destination.repo_id, branch=revision, revision=parent, exist_ok=True)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(upload.path, _content(upload)) for upload in (*plan.added, *plan.changed)),
+        *(upload.operation for upload in (*plan.added, *plan.changed)),
         *(CommitOperationDelete(path) for path in plan.removed),
     ]
     opens = destination.pull_request and revision is None
@@ -301,10 +280,6 @@ def _send(api: HfApi, plan: Plan, repository: _Repository) -> tuple[str, str | N
         parent_commit=parent,
     )
     return made.oid, made.pr_revision if opens else revision
-
-
-def _content(upload: Upload) -> bytes | str:
-    return upload.content if isinstance(upload.content, bytes) else str(upload.content)
 
 
 def _address(api: HfApi, destination: Destination, revision: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from esmerge.remote_code import names_code
 from hub_cards.merged_model import MergedModel
 
 # An item of each modality that people know by sight.
@@ -16,13 +17,12 @@ _ITEM_OF_KIND = {"fingerprint": _ITEMS["molecule"], "esm": _ITEMS["protein"]}
 
 def loading_code(model: MergedModel, repo_id: str, revision: str | None = None) -> str:
     """The two lines that load it."""
-    at = f", revision={_quoted(revision)}" if revision else ""
-    if "auto_map" in model.config and not model.is_adapter:
-        at += ", trust_remote_code=True"
+    trust = _trust(model)
+    at = (f", revision={_quoted(revision)}" if revision else "") + trust
     if model.is_multimodal:
         return (
             "from esmerge import load_model\n"
-            f"model, processor = load_model({_quoted(f'{repo_id}@{revision}' if revision else repo_id)})"
+            f"model, processor = load_model({_quoted(f'{repo_id}@{revision}' if revision else repo_id)}{trust})"
         )
     if model.is_adapter:
         return (
@@ -33,6 +33,11 @@ def loading_code(model: MergedModel, repo_id: str, revision: str | None = None) 
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({_quoted(repo_id)}{at})"
     )
+
+
+def _trust(model: MergedModel) -> str:
+    """The argument that lets code of the model's own run, if it names some."""
+    return ", trust_remote_code=True" if names_code(model.folder) else ""
 
 
 def packages(model: MergedModel) -> str:
@@ -54,7 +59,7 @@ def _text_program(model: MergedModel, repo_id: str, first: str, second: str) -> 
         *([first, "from transformers import AutoTokenizer"] if model.is_adapter else [f"{first}, AutoTokenizer"]),
         "",
         second,
-        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(repo_id)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(repo_id)}{_trust(model)})",
         "",
         f"question = {_quoted(_question({name: _ITEMS.get(name) for name in model.coefficients.specialists}))}",
         *(['messages = [{"role": "user", "content": question}]'] if chat else []),

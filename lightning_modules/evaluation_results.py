@@ -14,14 +14,13 @@ import torch
 import yaml
 
 from benchmarks.tasks.task import Task
-from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.hub import is_commit, split_reference
 from esmerge.mllm.loading import base_of
-from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_FILE
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM
 from esmerge.remote_code import code_files
-from esmerge.results import RECORD_FILE, versions
-from esmerge.sources import Source, content_hash, read_json, resolve
+from esmerge.results import RECORD_FILE, versions, write_whole
+from esmerge.sources import Source, checkpoint_hash, content_hash, read_json, resolve
 from lightning_modules.metrics import UNREADABLE, Outcomes, Score
 from lightning_modules.prompts import content_digest
 from lightning_modules.sample_log import Record
@@ -63,21 +62,13 @@ def model_hash(folder: Path) -> str:
     """`xxh3:<hex>` of weights, configuration, tokenizer and encoders; not of cards, results or records beside them."""
     import xxhash
 
-    stem = "adapter_model" if (folder / "adapter_config.json").exists() else "model"
-    hashes = [_hash_part(folder, stem)]
+    hashes = [checkpoint_hash(folder)]
     for modality in sorted((folder / MODALITIES_FOLDER).glob("*")):
-        weights = WEIGHTS_FILE.removesuffix(".safetensors")
-        has_weights = any(modality.glob(f"{weights}*.safetensors"))
-        others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(weights))
-        hashes += [modality.name, _hash_part(modality, weights if has_weights else None), *map(content_hash, others)]
+        has_weights = any(modality.glob(f"{WEIGHTS_STEM}*.safetensors"))
+        own = checkpoint_hash(modality, WEIGHTS_STEM) if has_weights else content_hash(modality)
+        others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(WEIGHTS_STEM))
+        hashes += [modality.name, own, *map(content_hash, others)]
     return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())}"
-
-
-def _hash_part(folder: Path, stem: str | None) -> str:
-    if stem is None:
-        return content_hash(folder)
-    with Checkpoint.open(folder, stem) as checkpoint:
-        return content_hash(folder, checkpoint)
 
 
 def esmerge_recipe(folder: Path) -> dict[str, Any] | None:
@@ -163,9 +154,7 @@ def _number(value: float) -> float | None:
 
 def write_results(file: Path, content: Mapping[str, Any]) -> None:
     """Write results, all or nothing."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(file: Path) -> dict[str, Any]:

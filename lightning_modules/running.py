@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from esmerge.errors import InputError, Interrupted
+from esmerge.errors import InputError, Interrupted, first_line
 from lightning_modules.unfinished import GOES_ON
 
 StrategyName = Literal["auto", "ddp", "fsdp"]
@@ -79,9 +79,8 @@ class Devices:
                 **options,
             )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
-                f"--accelerator {self.accelerator} --devices {self.count}: {reason}; choose others."
+                f"--accelerator {self.accelerator} --devices {self.count}: {first_line(error)}; choose others."
             ) from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from esmerge.errors import InputError
+from esmerge.results import write_whole
 from lightning_modules.unfinished import UnfinishedFolder
 
 Record = dict[str, Any]
@@ -19,9 +20,7 @@ def log_file(results: Path, task: str) -> Path:
 
 def write_log(file: Path, records: Sequence[Record]) -> None:
     """Write a finished log, all of it or nothing."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(_line(record) for record in records), encoding="utf-8")
-    part.replace(file)
+    write_whole(file, "".join(_line(record) for record in records))
 
 
 def read_log(file: Path, torn: bool = False) -> list[Record]:

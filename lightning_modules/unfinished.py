@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from esmerge.errors import InputError, Interrupted
+from esmerge.results import write_whole
 
 # What is said of work that ended before its end.
 GOES_ON = "the same command with --resume goes on"
@@ -59,10 +60,8 @@ class UnfinishedFolder:
         for entry in self.folder.iterdir():
             if entry.name != _LOCK_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        # Renamed when it is complete: a folder without it is not gone on from.
-        part = self.folder / f".{RUN_FILE}"
-        part.write_text(json.dumps(dict(run), indent=2), encoding="utf-8")
-        part.replace(file)
+        # A folder without it is not gone on from.
+        write_whole(file, json.dumps(dict(run), indent=2))
         return False
 
     def _take_lock(self) -> None:

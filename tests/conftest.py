@@ -279,6 +279,14 @@ def connected(hub, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def api(connected):
+    """The owner's client."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=connected.endpoint)
+
+
+@pytest.fixture
 def online(hub, tmp_path):
     """A function that runs a program in a process that talks to the Hub, with a cache of its own.
 

@@ -15,6 +15,7 @@ from hub_rules import card_errors
 
 MAX_REGULAR_BYTES = 10 << 20
 MAX_BINARY_BYTES = 1 << 20
+OPEN = ("open", "draft")
 # What the Hub puts into a new repository.
 GITATTRIBUTES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n"
@@ -209,12 +210,6 @@ class Repository:
                 return
             commit = self.commits[commit.parent]
 
-    def file(self, revision, path):
-        blob = self.commit(revision).files.get(path)
-        if blob is None:
-            raise HubError(404, "Entry not found", "EntryNotFound")
-        return blob
-
     def is_large(self, revision, path, size, sample):
         """Whether a file goes to the store of large files: by .gitattributes, or for its size."""
         attributes = self.commit(revision).files.get(".gitattributes")
@@ -238,7 +233,7 @@ class Repository:
             start = self.commit(parent) if parent else self.commits[self.refs[ref]]
             if parent and not create_pr and start.id != self.refs[ref]:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            if ref.startswith("refs/pr/") and self.discussions[int(ref.rpartition("/")[2])].status != "open":
+            if ref.startswith("refs/pr/") and self.discussions[int(ref.rpartition("/")[2])].status not in OPEN:
                 raise HubError(400, "This pull request is closed.")
             files = dict(start.files)
             for operation, path, *blob in operations:

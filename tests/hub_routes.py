@@ -214,12 +214,6 @@ def grant(hub, request, kind, repo_id):
     return Response({})
 
 
-@route("GET", "/api/{repo}/auth-check(?P<write>/write)?")
-def auth_check(hub, request, kind, repo_id, write):
-    (writable if write else readable)(hub, request, kind, repo_id)
-    return Response({})
-
-
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub, request):
     card = request.json().get("content", "")
@@ -371,7 +365,7 @@ def commits(hub, request, kind, repo_id, revision):
     )
 
 
-@route("GET", "/{page}/(?:resolve|raw)/{rev}/(?P<path>.+)")
+@route("GET", "/{page}/resolve/{rev}/(?P<path>.+)")
 def resolve(hub, request, kind, repo_id, revision, path):
     repository = readable(hub, request, kind, repo_id)
     commit = repository.commit(revision)
@@ -379,10 +373,9 @@ def resolve(hub, request, kind, repo_id, revision, path):
     blob = commit.files.get(path)
     if blob is None:
         raise HubError(404, "Entry not found", "EntryNotFound", **headers)
-    if blob.sha256 is None or "/raw/" in request.path:
-        content = blob.content if blob.sha256 is None else blob.pointer
+    if blob.sha256 is None:
         return Response(
-            content, headers={**headers, "ETag": f'"{blob.oid}"', "Content-Type": "text/plain; charset=utf-8"}
+            blob.content, headers={**headers, "ETag": f'"{blob.oid}"', "Content-Type": "text/plain; charset=utf-8"}
         )
     name = quote(PurePosixPath(path).name)
     address = f"{hub.storage}/{repository.kind}/{repo_id}/resolve/{commit.id}/{quote(path)}"
@@ -551,15 +544,10 @@ def create_branch(hub, request, kind, repo_id, revision):
     return Response({})
 
 
-@route("DELETE", "/api/{repo}/(?P<what>tag|branch)/{rev}")
-def delete_ref(hub, request, kind, repo_id, what, revision):
-    repository = writable(hub, request, kind, repo_id)
-    if what == "branch" and revision == "main":
-        raise HubError(403, "Cannot delete main branch")
-    ref = f"refs/{'tags' if what == 'tag' else 'heads'}/{revision}"
-    if ref not in repository.refs:
+@route("DELETE", "/api/{repo}/tag/{rev}")
+def delete_tag(hub, request, kind, repo_id, revision):
+    if writable(hub, request, kind, repo_id).refs.pop(f"refs/tags/{revision}", None) is None:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-    del repository.refs[ref]
     return Response({})
 
 
@@ -614,15 +602,6 @@ def comment(hub, request, kind, repo_id, num):
     repository = writable(hub, request, kind, repo_id, create_pr=True)
     event = repository.comment(repository.discussion(int(num)), request.user, request.json()["comment"])
     return Response({"newMessage": event})
-
-
-@route("POST", "/api/{repo}/discussions/{num}/title")
-def retitle(hub, request, kind, repo_id, num):
-    repository, title = writable(hub, request, kind, repo_id), request.json()["title"]
-    found = repository.discussion(int(num))
-    event = repository.add_event(found, "title-change", request.user, {"from": found.title, "to": title})
-    found.title = title
-    return Response({"newTitle": event})
 
 
 @route("POST", "/api/{repo}/discussions/{num}/status")

@@ -30,11 +30,6 @@ LARGE = bytes(range(256)) * (48 << 10)  # 12 MiB: two parts of 8 MiB
 
 
 @pytest.fixture
-def api(connected):
-    return HfApi(endpoint=connected.endpoint)
-
-
-@pytest.fixture
 def repo(api):
     return api.create_repo("owner/model").repo_id
 

@@ -18,7 +18,7 @@ from benchmarks.testbed.report import BASE, DEMO_SAMPLES, evaluate_model, read_s
 from benchmarks.testbed.results_table import results_table
 from benchmarks.testbed.specialists import PLANS, TASKS, specialist_folders
 from esmerge.errors import InputError
-from esmerge.figures import draw_figures
+from esmerge.figures import FIGURES_FOLDER, draw_figures
 from esmerge.pipeline import merge
 from esmerge.recipe import load_recipe
 from esmerge.results import read_coefficients
@@ -50,7 +50,7 @@ def run_demo(output: Path) -> None:
             print(f"Merging: {title}")
             recipe = _write_recipe(output / f"{name}.yaml", base, specialists, coefficients)
             merge(load_recipe(recipe), output / name)
-        figures = draw_figures(read_coefficients(output / "es"), output / "es" / "figures")
+        figures = draw_figures(read_coefficients(output / "es"), output / "es" / FIGURES_FOLDER)
 
         scores = {name if name == BASE else f"{name} specialist": own for name, own in read_scores("demo").items()}
         for name, title, _ in MERGES:

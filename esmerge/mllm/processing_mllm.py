@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from esmerge.errors import InputError
+from esmerge.hub import SMALL_FILES
 from esmerge.modalities import Features, Modality, TextModality, open_modality, save_modality
 from esmerge.modalities.modality import add_placeholders, check_name, feature_name, with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE
@@ -221,7 +222,7 @@ class MllmProcessor(ProcessorMixin):
 
             names = ("revision", "token", "cache_dir", "local_files_only")
             chosen = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            patterns = [f"{MODALITIES_FOLDER}/*", "*.json", "*.jinja", "*.model", "*.txt"]
+            patterns = [f"{MODALITIES_FOLDER}/*", *(f"*{suffix}" for suffix in SMALL_FILES)]
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **chosen))
         # Without an answer, transformers would ask the user.
         trusted = bool(kwargs.get("trust_remote_code", False))

@@ -21,7 +21,8 @@ from esmerge.sources import read_json
 # A model keeps each of its modalities in a folder of this one, with these files.
 MODALITIES_FOLDER = "modalities"
 SETTINGS_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_STEM = "model"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
 # Other packages add kinds by an entry point of this group, whose name is the kind and whose value the class.
 ENTRY_POINTS = "esmerge.modalities"
 

@@ -151,6 +151,15 @@ class TestAdapter:
         assert loaded.chat_template == tokenizer.chat_template
         assert loaded("CCO MKTAYIAK")["input_ids"] == tokenizer("CCO MKTAYIAK")["input_ids"]
 
+    def test_brings_all_chat_templates(self, llama, recipe, merge, tokenizer, tmp_path):
+        shutil.copytree(llama / "base", tmp_path / "base")
+        (tmp_path / "base" / "additional_chat_templates").mkdir()
+        (tmp_path / "base" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+        templates = {"default": tokenizer.chat_template, "tools": "{{ tools }}"}
+        for kind in ("adapter", "full"):
+            content = {**recipe, "base": str(tmp_path / "base"), "coefficients": "uniform", "output": {"format": kind}}
+            assert AutoTokenizer.from_pretrained(merge(content, kind)).chat_template == templates
+
 
 class TestFactors:
     def test_fold_unequal_scalings(self, llama, make_adapter, recipe, merge):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot
 from safetensors.torch import load_file
 
 REPO = "owner/merged"
-
-
-@pytest.fixture
-def api(connected):
-    return HfApi(endpoint=connected.endpoint)
 
 
 @pytest.fixture
@@ -190,6 +186,14 @@ def test_pull_request_merged(merged, publish, api, results):
     assert lines_of(publish(merged, "--pr", "--message", "Scores"))[0] == address
     api.merge_pull_request(REPO, 1)
     assert "results/tissue.json" in files(api)
+
+
+def test_a_draft_of_ones_own_goes_on(merged, publish, api):
+    api.create_repo(REPO)
+    draft = api.create_pull_request(REPO, title="The model")
+    assert draft.status == "draft"
+    assert lines_of(publish(merged, "--pr", "--message", "The model"))[0].endswith("/discussions/1")
+    assert "adapter_model.safetensors" in files(api, revision="refs/pr/1")
 
 
 def test_pull_request_to_somebody_else(merged, publish, refused, api, monkeypatch):
@@ -433,3 +437,40 @@ def test_the_model_is_replaced_as_a_whole(merged, publish, api):
     assert "- modalities/protein/config.json" in publish(merged)
     assert not {"modalities/protein/config.json", "added_tokens.json"} & files(api)
     assert "examples/notes.txt" in files(api)
+
+
+def test_another_model_is_not_replaced_silently(merged, esmerge, connected, esmerge_program, online, llama):
+    warning = f"{REPO} holds another model, whose files this replaces"
+    connected.add(llama / "base", REPO)
+    code, output, _ = esmerge("publish", merged, REPO, "--dry-run")
+    assert code == 0 and f"warning: {warning}" in output
+    unanswered = online(esmerge_program, "publish", merged, REPO)
+    assert unanswered.returncode == 2 and warning in unanswered.stdout and "nobody answered" in unanswered.stderr
+    code, output, error = esmerge("publish", merged, REPO, "--yes")
+    assert code == 0 and warning in output
+    assert [line.partition(": config.json")[0] for line in error.splitlines()] == [f"esmerge: WARNING: {warning}"]
+    settings = json.loads((merged / "tokenizer_config.json").read_text())
+    (merged / "tokenizer_config.json").write_text(json.dumps(settings))
+    code, output, error = esmerge("publish", merged, REPO, "--yes")  # what is there now is a result of ours
+    assert code == 0 and "~ tokenizer_config.json" in output and "another model" not in output + error
+    connected.add({"LICENSE": b"Free."}, "owner/second")
+    code, output, error = esmerge("publish", merged, "owner/second", "--yes")
+    assert code == 0 and "another model" not in output + error
+
+
+def test_tokenizer_with_code_of_its_own(merged, publish, api, online):
+    settings = json.loads((merged / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (merged / "tokenizer_config.json").write_text(json.dumps(settings))
+    (merged / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (merged / "folder").mkdir()
+    (merged / "folder" / "other.py").write_text("")
+    _, code = lines_of(publish(merged))
+    assert "own.py" in files(api) and "folder/other.py" not in files(api)
+    assert "trust_remote_code=True" in code
+    load_tokenizer = "from transformers import AutoTokenizer\nprint(AutoTokenizer.from_pretrained("
+    load_tokenizer += f"{REPO!r}, trust_remote_code=True))"
+    done = online(sys.executable, "-c", f"{code}\n{load_tokenizer}")
+    assert done.returncode == 0 and "OwnTokenizer" in done.stdout, done.stderr
