@@ -131,8 +131,8 @@ def evaluate(
                     "versions": all_versions(),
                     **module.speed(task),
                 }
-                _log(module, task.task.name, found["scores"])
                 write_results(results_file(folder, task.task.name), found)
+                _log(module, task.task.name, found["scores"])
                 task.log.remove()
                 results[task.task.name] = found
     return {name: found for name, found in results.items() if found is not None}
@@ -261,9 +261,11 @@ def _judge(task: EvaluatedTask, records: Sequence[Record], settings: EvaluationS
     return {"task": describe_task(task.task), **summary(records, task.task.choices, scores)}
 
 
-def _log(module: Evaluation, task: str, scores: Mapping[str, Mapping[str, float]]) -> None:
+def _log(module: Evaluation, task: str, scores: Mapping[str, Mapping[str, float | None]]) -> None:
     for logger in module.loggers:
-        logger.log_metrics({f"{task}/{name}": score["value"] for name, score in scores.items()})
+        # Some loggers take numbers only, and a metric can be undefined.
+        values = {f"{task}/{name}": score["value"] for name, score in scores.items() if score["value"] is not None}
+        logger.log_metrics(values)
         logger.save()
 
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from lightning_modules.evaluation_results import all_versions, describe_model, p
 from lightning_modules.finetune_recipe import FinetuningRecipe
 from lightning_modules.finetuning import AnswerFinetuning, answer_loss
 from lightning_modules.finetuning_data import FinetuningData
-from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest
+from lightning_modules.prompts import NO_TEMPLATE, ChatFormat, PromptWriter, content_digest
 from lightning_modules.running import Devices, make_loggers, quiet_lightning
 from lightning_modules.samples import Sample, load_samples
 from lightning_modules.tasks import load_task
-from lightning_modules.unfinished import UnfinishedFolder
+from lightning_modules.unfinished import UnfinishedFolder, damaged
 
 RECORD = "finetuning.yaml"
 _LOSS = "validation_loss"
@@ -67,7 +68,10 @@ def finetune(
     base = _base_reference(recipe, source)
     processor = load_processor(source.folder, base)
     tasks = [load_task(_task_reference(name, recipe.folder)) for name in recipe.tasks]
-    writer = PromptWriter(processor, ChatFormat.of(processor, recipe.chat_template), recipe.as_text)
+    template = recipe.chat_template
+    if template not in (None, NO_TEMPLATE):
+        template = str(recipe.folder / template)
+    writer = PromptWriter(processor, ChatFormat.of(processor, template), recipe.as_text)
     training = {task.name: _examples(task, None, recipe.samples, processor, writer) for task in tasks}
     judged = recipe.validation
     validation = {
@@ -83,12 +87,13 @@ def finetune(
         recipe.seed,
         devices.count,
     )
-    devices.check(len(data.training))
+    devices.check(min(len(examples) for examples in (data.training, data.validation) if examples))
     work = UnfinishedFolder(output.parent / f".{output.name}.finetuning", f"the training of {output}")
     trainer = _trainer(recipe, data, devices, work.folder, progress)
+    identity = describe_model(source, base) if rank_zero_only.rank == 0 else {}
     with work:
         if rank_zero_only.rank == 0:
-            work.begin(_run_of(recipe, data, describe_model(source, base), devices), resume)
+            work.begin(_run_of(recipe, data, identity, devices), resume)
         module, processor = _fit(recipe, source, base, data, devices, trainer, work.folder if resume else None)
         if not trainer.is_global_zero:
             return {}
@@ -97,7 +102,7 @@ def finetune(
             "recipe": portable(
                 recipe.model_dump(mode="json", exclude_none=True), partial(is_on_hub, relative_to=recipe.folder)
             ),
-            "model": describe_model(source, base),
+            "model": identity,
             "samples": {name: len(examples) for name, examples in training.items()},
             "steps": trainer.global_step,
             "devices": devices.count,
@@ -281,11 +286,21 @@ def _fit(
     module = JudgedFinetuning(model, *rates)
     module.seed, module.steps = recipe.seed, data.steps
     last = None if interrupted is None else interrupted / _CHECKPOINTS / "last.ckpt"
+    if last is not None and last.exists():
+        _check_readable(last)
     with quiet_lightning():
         trainer.fit(
             module, datamodule=data, ckpt_path=last if last is not None and last.exists() else None, weights_only=True
         )
     return module, processor
+
+
+def _check_readable(checkpoint: Path) -> None:
+    """Raise `InputError` for a checkpoint that cannot be gone on from."""
+    try:
+        torch.load(checkpoint, map_location="meta", weights_only=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise damaged(checkpoint) from error
 
 
 def _take_best(module: AnswerFinetuning, trainer: Trainer) -> float | None:

@@ -79,7 +79,9 @@ class FinetuningData(LightningDataModule):
         assert self.trainer is not None
         if not self.validation:
             return []
-        plan = plan_batches([self._length(example) for example in self.validation], self.batch_size)
+        lengths = [self._length(example) for example in self.validation]
+        # Ranks wait for each other after each loop, so none may be without a batch.
+        plan = plan_batches(lengths, min(self.batch_size, max(1, len(lengths) // self.ranks)))
         return [self._loader(self.validation, plan[self.trainer.global_rank :: self.ranks])]
 
     def _loader(self, examples: Sequence[TokenizedExample], batches: list[list[int]]) -> DataLoader[AnswerBatch]:

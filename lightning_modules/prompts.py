@@ -58,7 +58,7 @@ class ChatFormat:
             return cls(Path(chosen).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"--chat-template: {chosen} cannot be read; give the file of a Jinja chat template, or none."
+                f"the chat template {chosen} cannot be read; give the file of a Jinja chat template, or none."
             ) from error
 
 
@@ -91,8 +91,8 @@ class PromptWriter:
         if missing and with_encoder(self.processor.modalities):
             raise InputError(
                 f"the task {task} has items of {missing[0]}, for which the model has no encoder (it has: "
-                f"{', '.join(self.processor.modalities)}): evaluate another model, or let it read them as text with "
-                f"--as-text {missing[0]}."
+                f"{', '.join(self.processor.modalities)}): take another model, or let it read them as text "
+                f"(--as-text {missing[0]}, or as_text in a recipe)."
             )
 
     def write(self, sample: Sample, answer_prefix: str = "") -> Prompt:
@@ -136,9 +136,7 @@ class PromptWriter:
                 # Some templates refuse a system turn; the model then reads it before the question, as is usual.
                 first = {**messages[1], "content": messages[0]["content"] + _BETWEEN_TURNS + messages[1]["content"]}
                 return self._apply_template([first, *messages[2:]])
-            raise InputError(f"the chat template cannot be applied: {error}; give another with --chat-template.") from (
-                error
-            )
+            raise InputError(f"the chat template cannot be applied: {error}; give another one.") from error
 
     def _part(self, part: Part, items: dict[str, list[str]]) -> str:
         if isinstance(part, str):

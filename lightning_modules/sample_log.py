@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from esmerge.errors import InputError
 from esmerge.results import write_whole
-from lightning_modules.unfinished import UnfinishedFolder
+from lightning_modules.unfinished import UnfinishedFolder, damaged
 
 Record = dict[str, Any]
 _FIELDS = {"id", "answer", "prediction"}
@@ -40,7 +40,7 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
             content = content[: content.rfind(b"\n") + 1]
         lines = content.decode().removesuffix("\n").split("\n") if content else []
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is missing or cannot be read as text: start again without --resume.") from error
+        raise InputError(f"{file} is missing or cannot be read as text: evaluate again, without --resume.") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -49,7 +49,7 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
             record = None
         if not isinstance(record, dict) or _FIELDS - record.keys():
             raise InputError(
-                f"{file}, line {number} is no record of a sample: the file is damaged; start again without --resume."
+                f"{file}, line {number} is no record of a sample: the file is damaged; evaluate again, without --resume."
             )
         records.append(record)
     return records
@@ -91,8 +91,13 @@ class UnfinishedRun(UnfinishedFolder):
         """Keep a number that was found on the way, or give one that was kept."""
         file = self.folder / f"{name}.json"
         if value is not None:
-            file.write_text(json.dumps(value), encoding="utf-8")
-        return int(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+            write_whole(file, json.dumps(value))
+        if not file.exists():
+            return None
+        try:
+            return int(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise damaged(file) from error
 
     def append(self, records: Sequence[Record], rank: int) -> None:
         """Write records of one process; they survive its being killed."""

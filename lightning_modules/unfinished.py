@@ -16,6 +16,11 @@ RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 
 
+def damaged(file: Path) -> InputError:
+    """What is said of a file that interrupted work left and that cannot be read."""
+    return InputError(f"{file} is damaged: start again without --resume.")
+
+
 class UnfinishedFolder:
     """What an interrupted run leaves, to go on from; a context that lets other runs at it when it ends.
 
@@ -81,7 +86,9 @@ class UnfinishedFolder:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{file} is damaged: start again without --resume.") from error
+            raise damaged(file) from error
+        if not isinstance(found, dict):
+            raise damaged(file)
         if different := sorted(key for key in {*found, *run} if found.get(key) != run.get(key)):
             raise InputError(
                 f"what is left of {self.what} in {self.folder} differs in {', '.join(different)}: start again without "

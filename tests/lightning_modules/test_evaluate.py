@@ -91,6 +91,17 @@ def test_hashes_tell_models_and_prompts_apart(esmerge, text_model, write_task, r
     assert len({runs[name]["chat_template"] for name in ("first", "template", "none")}) == 3
 
 
+def test_progress_is_shown_and_scores_are_logged(esmerge, text_model, write_task, results_of):
+    code, _, err = esmerge("evaluate", text_model, "--task", write_task(), "--logger", "csv")
+    assert code == 0, err
+    assert "toy" in err
+    assert "100%" in err
+    (logged,) = (text_model / "results").rglob("metrics.csv")
+    header, row = (line.split(",") for line in logged.read_text().splitlines())
+    scores = results_of(text_model)[0]["scores"]
+    assert float(row[header.index("toy/accuracy")]) == pytest.approx(scores["accuracy"]["value"])
+
+
 def test_scores_do_not_depend_on_the_batch_size(esmerge, text_model, write_task, results_of, tmp_path):
     logs = []
     for size in (1, 4, 7, "auto"):

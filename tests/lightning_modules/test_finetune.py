@@ -140,6 +140,13 @@ def test_a_killed_training_goes_on_to_the_same_bits(start, esmerge, write_recipe
     code, _, err = esmerge("finetune", write_recipe("other", epochs=11), "-o", killed, "--quiet", "--resume")
     assert code == 2
     assert "differs in recipe" in err
+    checkpoint = tmp_path / ".killed.finetuning" / "checkpoints" / "last.ckpt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    code, _, err = esmerge("finetune", file, "-o", killed, "--quiet", "--resume")
+    assert code == 2
+    assert "last.ckpt is damaged: start again without --resume" in err
+    checkpoint.write_bytes(whole)
     code, _, err = esmerge("finetune", file, "-o", killed, "--quiet", "--resume")
     assert code == 0, err
     assert same(weights(tmp_path / "whole"), weights(killed))
@@ -152,8 +159,14 @@ def test_a_killed_training_goes_on_to_the_same_bits(start, esmerge, write_recipe
 def test_two_processes_train_one_model(start, esmerge, write_recipe, tmp_path):
     # 40 samples in batches of 3 for two processes: 14 batches, 7 steps. The validation loss is over all 12 samples.
     records = {}
-    for name, rate, devices in (("trained", 0.01, 2), ("two", 1e-9, 2), ("one", 1e-9, 1)):
-        file, output = write_recipe(name, batch_size=3, epochs=2, learning_rate=rate), tmp_path / f"{name}-out"
+    # In batches of 16 the validation samples are fewer than two processes would have a batch each of.
+    for name, rate, size, devices in (
+        ("trained", 0.01, 3, 2),
+        ("two", 1e-9, 3, 2),
+        ("one", 1e-9, 3, 1),
+        ("large", 1e-9, 16, 2),
+    ):
+        file, output = write_recipe(name, batch_size=size, epochs=2, learning_rate=rate), tmp_path / f"{name}-out"
         if devices == 1:
             assert esmerge("finetune", file, "-o", output, "--quiet")[0] == 0
         else:
@@ -162,7 +175,8 @@ def test_two_processes_train_one_model(start, esmerge, write_recipe, tmp_path):
             assert process.returncode == 0, err
         records[name] = yaml.safe_load((output / "finetuning.yaml").read_text())
     assert records["two"]["steps"] == records["trained"]["steps"] == 14
-    assert records["two"]["validation_loss"] == pytest.approx(records["one"]["validation_loss"], abs=1e-6)
+    for name in ("two", "large"):
+        assert records[name]["validation_loss"] == pytest.approx(records["one"]["validation_loss"], abs=1e-6)
     assert records["trained"]["validation_loss"] < records["one"]["validation_loss"] - 0.1
 
 

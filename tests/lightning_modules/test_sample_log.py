@@ -55,6 +55,14 @@ def test_goes_on_after_a_tear_inside_a_character(tmp_path):
     assert sorted(again(tmp_path).records()) == ["a0", "a1"]
 
 
+@pytest.mark.parametrize(("file", "content"), [("run.json", "[]"), ("run.json", "{"), ("batch_size.json", "")])
+def test_damaged_notes_are_one_sentence(tmp_path, file, content):
+    folder = interrupted(tmp_path)
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=f"{file} is damaged: start again without --resume"):
+        again(tmp_path).note("batch_size")
+
+
 def test_without_resume_all_begins_anew(tmp_path):
     interrupted(tmp_path)
     run = UnfinishedRun(tmp_path, "toy")
