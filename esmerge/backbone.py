@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError, first_line
-from esmerge.names import canonical_name, canonical_names
+from esmerge.names import canonical_name, canonical_names, is_rotary
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
 MAX_ATTENTION_BYTES = 64 << 20
@@ -57,7 +57,7 @@ class Backbone:
                 f"{folder}: transformers cannot build a causal LM from its config.json: {error}"
             ) from error
         self.body: nn.Module = self.model.base_model
-        stored = [name for name in self.checkpoint if not name.endswith("rotary_emb.inv_freq")]
+        stored = [name for name in self.checkpoint if not is_rotary(name)]
         self._stored = canonical_names(stored, str(folder))
         self.layers_name, self.layers = _decoder_layers(self.model, config.num_hidden_layers)
         embedding = self.model.get_input_embeddings()

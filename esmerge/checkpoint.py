@@ -87,7 +87,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if entry["dtype"] not in DTYPES:
                 raise InputError(
                     f"{file}: tensor {name} has dtype {entry['dtype']}, which cannot be merged; "
-                    f"convert it to one of {', '.join(DTYPES)}."
+                    "save the model in bfloat16, float16 or float32."
                 )
             start, end = entry["data_offsets"]
             info = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)

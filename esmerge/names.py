@@ -60,6 +60,11 @@ def base_module(name: str) -> str:
     return peft_module(name).removeprefix("llama_decoder.")
 
 
+def is_rotary(name: str) -> bool:
+    """Whether a tensor holds rotary frequencies, which old checkpoints carry though the config determines them."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
 def layer_of(canonical: str) -> int | None:
     """Number of the decoder layer that a tensor belongs to; None outside the layers."""
     parts = canonical.split(".", 2)

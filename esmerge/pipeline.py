@@ -37,7 +37,7 @@ def merge(
 ) -> dict[str, int]:
     """Merge the specialists of a recipe into a model in the new folder `output`.
 
-    Everything that headers and configs can tell is checked before any weight is read, and nothing is left behind if
+    Everything that headers and configs can tell is checked before anything is merged, and nothing is left behind if
     anything fails. On a CPU the same inputs, recipe and versions give the same bytes; with coefficients from embedding
     signals also the number of threads must be the same, which the result's record states.
 
@@ -47,7 +47,8 @@ def merge(
         trust_remote_code: let the base's own code run.
 
     Returns:
-        How many tensors were merged, how many copied from the base, and how many rows are a specialist's own.
+        How many tensors were merged, how many copied from the base, how many rows are a specialist's own, and how many
+        tensors are of encoders.
 
     Raises:
         InputError: if the recipe or one of its inputs is at fault.
@@ -87,7 +88,7 @@ def compare(
 ) -> dict[str, Comparison]:
     """Merge the same specialists in several ways, each into its own folder in the new folder `output`.
 
-    The probe runs once and each tensor's deltas are read once.
+    The probe runs once, and each tensor's inputs are read once unless together they exceed 2 GiB.
 
     Args:
         variants: by the name of its folder, the fields `method` and `coefficients` of a recipe, as far as they differ.

@@ -1,11 +1,11 @@
 """What will be merged, found out and checked before the work begins.
 
-From headers and configs alone, except that an adapter made of specialists that store whole tensors needs these compared
-with the base's.
+From headers and configs, and of some tensors a few rows or a hash: those of specialists that store whole tensors are
+compared with the base's.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,12 @@ from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.hub import NotHereError, PartialCopies, split_reference
 from esmerge.modalities import TextModality
-from esmerge.names import canonical_names
 from esmerge.recipe import Recipe, SignalsRecipe
 from esmerge.remote_code import check_remote_code
 from esmerge.scores import row_blocks
 from esmerge.sources import Source, is_on_hub, pinned, pinned_file, resolve, resolve_file
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
-from esmerge.specialists.full import DOUBLED_EMBEDDINGS, doubled_embeddings
+from esmerge.specialists.full import own_tensors
 from esmerge.targets import Target, join_targets, match_targets
 from esmerge.vocabulary import Vocabulary
 
@@ -201,9 +200,9 @@ def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | N
     find = partial(resolve, relative_to=recipe.folder, copies=copies)
     base = find(recipe.base, field="base", with_code=trust_remote_code)
     check_remote_code(base.config(), trust_remote_code, f"the base {recipe.base}")
+    _refuse_quantised(recipe, base, ())
     checkpoint = Checkpoint.open(base.folder)
-    if (method := quantisation(base.config(), checkpoint)) is not None:
-        raise InputError(f"the base {recipe.base} is quantised ({method}); use it in bfloat16, float16 or float32.")
+    _refuse_quantised(recipe, base, checkpoint)
     sources, specialists = [], []
     for name, entry in recipe.specialists.items():
         sources.append(find(entry.model, field=f"specialists.{name}.model"))
@@ -211,13 +210,7 @@ def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | N
         specialists.append(_open(recipe, name, sources[-1].folder, encoder))
         check_remote_code(specialists[-1].config, trust_remote_code, f"the specialist {name}")
     check_origin(base, specialists)
-    stored = canonical_names(
-        [name for name in checkpoint if not name.endswith("rotary_emb.inv_freq")], f"the base {recipe.base}"
-    )
-    left_out = {}
-    if doubled := doubled_embeddings(base.config(), checkpoint, stored):
-        del stored[doubled]
-        left_out[DOUBLED_EMBEDDINGS] = 1
+    stored, left_out = own_tensors(base.config(), checkpoint, list(checkpoint), f"the base {recipe.base}")
     targets, untied = match_targets(base, checkpoint, stored, specialists)
     targets, vocabulary = join_targets(base, targets, specialists)
     plan = Plan(
@@ -231,6 +224,11 @@ def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | N
     if recipe.output.format == "adapter":
         plan = _fit_adapter(plan)
     return with_recipe(plan, recipe)
+
+
+def _refuse_quantised(recipe: Recipe, base: Source, tensors: Iterable[str]) -> None:
+    if (method := quantisation(base.config(), tensors)) is not None:
+        raise InputError(f"the base {recipe.base} is quantised ({method}); use it in bfloat16, float16 or float32.")
 
 
 def with_recipe(plan: Plan, recipe: Recipe) -> Plan:

@@ -145,9 +145,7 @@ def _hub_card(parent: Parent) -> str | None:
         reason: Exception = error
     except Exception as error:  # whatever the network, the Hub or the file has: a card is no reason to stop
         reason = error
-    logger.warning(
-        "the card of %s cannot be read, so its licence is not known: %s", parent.name, first_line(reason)
-    )
+    logger.warning("the card of %s cannot be read, so its licence is not known: %s", parent.name, first_line(reason))
     return None
 
 

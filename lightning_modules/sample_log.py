@@ -49,7 +49,8 @@ def read_log(file: Path, torn: bool = False) -> list[Record]:
             record = None
         if not isinstance(record, dict) or _FIELDS - record.keys():
             raise InputError(
-                f"{file}, line {number} is no record of a sample: the file is damaged; evaluate again, without --resume."
+                f"{file}, line {number} is no record of a sample: the file is damaged; evaluate again, without "
+                "--resume."
             )
         records.append(record)
     return records

@@ -10,7 +10,7 @@ from esmerge.checkpoint import Checkpoint
 from esmerge.configs import quantisation, same_tensor, ties_embeddings
 from esmerge.deltas import Delta, ValueDelta
 from esmerge.errors import InputError
-from esmerge.names import canonical_names
+from esmerge.names import canonical_names, is_rotary
 from esmerge.sources import read_json
 from esmerge.specialists.encoder import SpecialistEncoder
 
@@ -18,11 +18,33 @@ INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
-# What `left_out` calls output embeddings that are stored though they are the input embeddings.
-DOUBLED_EMBEDDINGS = "output embeddings that are tied to the input embeddings and stored once more"
+# What `left_out` calls tensors that follow from others or from the config.
+ROTARY_FREQUENCIES = "rotary frequencies, which the config determines"
+_DOUBLED_EMBEDDINGS = "output embeddings that are tied to the input embeddings and stored once more"
 
 
-def doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, stored: Mapping[str, str]) -> str | None:
+def own_tensors(
+    config: Mapping[str, Any], checkpoint: Checkpoint, names: Sequence[str], source: str
+) -> tuple[dict[str, str], dict[str, int]]:
+    """The tensors of a decoder-only model, without what follows from others or from its config.
+
+    Args:
+        names: of its tensors in the checkpoint.
+        source: where they come from, for messages.
+
+    Returns:
+        Canonical name -> the checkpoint's tensor; and how many were left out, by what they are.
+    """
+    own = [name for name in names if not is_rotary(name)]
+    left_out = {ROTARY_FREQUENCIES: len(names) - len(own)} if len(own) < len(names) else {}
+    stored = canonical_names(own, source)
+    if doubled := _doubled_embeddings(config, checkpoint, stored):
+        del stored[doubled]
+        left_out[_DOUBLED_EMBEDDINGS] = 1
+    return stored, left_out
+
+
+def _doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, stored: Mapping[str, str]) -> str | None:
     """The canonical name of output embeddings that are a copy of the input embeddings they are tied to.
 
     transformers ties the two of a checkpoint that has both only if they are equal.
@@ -80,24 +102,21 @@ class FullSpecialist:
         self.folder = folder
         self.encoder = encoder
         self.config: Mapping[str, Any] = read_json(folder / "config.json") if config is None else config
+        self._refuse_quantised(())
         self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.modules: dict[str, str] = {}
         own = list(self.checkpoint) if tensors is None else tensors
-        if (method := quantisation(self.config, own)) is not None:
-            raise InputError(
-                f"specialist {name}: {folder} is quantised ({method}); save it dequantised, in bfloat16 or float32, "
-                "and give that."
-            )
-        # Old checkpoints carry the rotary frequencies, which the config determines.
-        stored = [tensor for tensor in own if not tensor.endswith("rotary_emb.inv_freq")]
-        self.left_out = dict(left_out or {})
-        if len(stored) < len(own):
-            self.left_out["rotary frequencies, which the config determines"] = len(own) - len(stored)
-        self._stored = canonical_names(stored, str(folder))
-        if doubled := doubled_embeddings(self.config, self.checkpoint, self._stored):
-            del self._stored[doubled]
-            self.left_out[DOUBLED_EMBEDDINGS] = 1
+        self._refuse_quantised(own)
+        self._stored, derived = own_tensors(self.config, self.checkpoint, own, str(folder))
+        self.left_out = {**(left_out or {}), **derived}
         self.ties_embeddings = not any(head in self._stored for head in OUTPUT_EMBEDDINGS)
+
+    def _refuse_quantised(self, tensors: Sequence[str]) -> None:
+        if (method := quantisation(self.config, tensors)) is not None:
+            raise InputError(
+                f"specialist {self.name}: {self.folder} is quantised ({method}); save it dequantised, in bfloat16 or "
+                "float32, and give that."
+            )
 
     @property
     def names(self) -> list[str]:

@@ -13,10 +13,10 @@ from typing import Any
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.modalities.registry import MODALITIES_FOLDER, SETTINGS_FILE
-from esmerge.names import canonical_name
+from esmerge.names import canonical_name, is_rotary
 from esmerge.sources import read_json
 from esmerge.specialists.encoder import SpecialistEncoder, find_encoder, other_encoders, refuse_second
-from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, ROTARY_FREQUENCIES
 from esmerge.specialists.lora import LoraSpecialist
 
 MOL_LLAMA = "mol_llama"
@@ -57,7 +57,7 @@ def open_mol_llama(name: str, folder: Path, features: Path | None = None) -> Lor
                 f"{checkpoint.info(tensor).file}: {tensor} belongs to no part of Mol-LLaMA (encoder, llm_proj, "
                 "llm.base_model.model): save the checkpoint without it."
             )
-        elif tensor.endswith("rotary_emb.inv_freq"):
+        elif is_rotary(tensor):
             derived += 1
         elif _LORA.search(tensor) or canonical_name(tensor) in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS):
             # Embeddings are as large as the vocabulary with the specialist's own tokens.
@@ -69,7 +69,7 @@ def open_mol_llama(name: str, folder: Path, features: Path | None = None) -> Lor
     if frozen:
         left_out["frozen weights of the base"] = len(frozen)
     if derived:
-        left_out["rotary frequencies, which the config determines"] = derived
+        left_out[ROTARY_FREQUENCIES] = derived
     found, unused = _encoder(name, folder, config, checkpoint, encoder, features)
     left_out |= found.left_out
     if unused:
