@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -433,6 +434,8 @@ def main() -> None:
     # Threads that wait for one another by spinning bring a shared machine to a crawl; must be set before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.disable()  # until everything is imported: see `_imported`
+    # PEFT reads a property that transformers has renamed: nothing that a user could change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     debug = "--debug" in sys.argv
     if debug:
         # Accepted wherever it stands, as people add it to the end of the command that failed.

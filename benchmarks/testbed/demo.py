@@ -23,7 +23,7 @@ from esmerge.pipeline import merge
 from esmerge.recipe import load_recipe
 from esmerge.results import read_coefficients
 
-PROBE_SAMPLES = 32
+PROBE_SAMPLES = 16
 PROBE_TEMPLATE = "Molecule: {molecule}\nProtein: {protein}\nCell: {cell}"
 # The three specialists' rank together, so that averaging them as an adapter loses nothing.
 MERGED_RANK = sum(plan.rank for plan in PLANS.values())
