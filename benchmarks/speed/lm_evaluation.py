@@ -163,20 +163,20 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def agreement(folder: Path, tasks: Mapping[str, tuple[str, int]]) -> str:
-    """Markdown: whether both engines choose the same, and how far their log-likelihoods are apart."""
-    rows = []
+def agreement(folder: Path, tasks: Mapping[str, tuple[str, int]]) -> tuple[str, int]:
+    """Markdown: whether both engines choose the same, and how far their log-likelihoods are apart; and how many differ."""
+    rows, different = [], 0
     for name, (label, count) in tasks.items():
         ours, theirs = our_scores(folder, label), their_scores(folder, label, load_task(name).choices)
         if ours.answers != theirs.answers:
             raise RuntimeError(f"{label}: the engines were asked different questions")
         mine, other = ours.choices(), theirs.choices()
         same = sum(mine[question] == other[question] for question in mine)
+        different += count - same
         apart = max(abs(values[c] - theirs.likelihoods[q][c]) for q, values in ours.likelihoods.items() for c in values)
         rows.append([label, f"{same} of {count}", f"{ours.accuracy():.4f}", f"{theirs.accuracy():.4f}", f"{apart:.0e}"])
-    return markdown_table(
-        ["task, questions", "same choice", "accuracy, esmerge", "accuracy, harness", "log-likelihoods apart"], rows
-    )
+    header = ["task, questions", "same choice", "accuracy, esmerge", "accuracy, harness", "log-likelihoods apart"]
+    return markdown_table(header, rows), different
 
 
 def speed(runs: dict[str, list[Run]], tasks: dict[str, tuple[str, int]], few: dict[str, str]) -> str:
@@ -228,9 +228,12 @@ def main() -> None:
         commands[f"{label} esmerge"] = partial(esmerge, folder, model, label)
         commands[f"{label} harness"] = partial(harness, folder, python, model, label)
     runs = rounds(commands, options.rounds)
-    print(f"\n{machine()}, medians of {options.rounds}\n\n{agreement(folder, tasks)}\n\n{speed(runs, tasks, few)}")
+    choices, different = agreement(folder, tasks)
+    print(f"\n{machine()}, medians of {options.rounds}\n\n{choices}\n\n{speed(runs, tasks, few)}")
     if options.json:
         write_runs(options.json, runs)
+    if different:
+        sys.exit(f"{different} choices differ")
 
 
 if __name__ == "__main__":
