@@ -164,7 +164,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def agreement(folder: Path, tasks: Mapping[str, tuple[str, int]]) -> tuple[str, int]:
-    """Markdown: whether both engines choose the same, and how far their log-likelihoods are apart; and how many differ."""
+    """Markdown: how many choices are the same, and how far log-likelihoods are apart; and how many choices differ."""
     rows, different = [], 0
     for name, (label, count) in tasks.items():
         ours, theirs = our_scores(folder, label), their_scores(folder, label, load_task(name).choices)
