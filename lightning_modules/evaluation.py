@@ -58,8 +58,9 @@ class Evaluation(LightningModule):
         self.normalise = normalise
         self.sharded = sharded
         self.model: MllmForConditionalGeneration | None = None
-        self._scorers: dict[str, AnswerScorer] = {}
-        self._times: dict[str, list[float]] = {task.task.name: [] for task in tasks}
+        self._scorer: tuple[str, AnswerScorer] | None = None
+        self._started: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
 
     def configure_model(self) -> None:
         """Load the model; called by Lightning in every process, possibly more than once."""
@@ -89,11 +90,11 @@ class Evaluation(LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         task = self.tasks[dataloader_idx]
-        started = time.perf_counter()
+        self._started.setdefault(task.task.name, time.perf_counter())
         records = self.answer(task, batch.samples)
         if batch.counts:
             task.log.append(records, self.global_rank)
-        self._times[task.task.name] += [started, time.perf_counter()]
+        self._ended[task.task.name] = time.perf_counter()
 
     def on_test_epoch_end(self) -> None:
         """All records are on the disk before any process goes on."""
@@ -103,8 +104,8 @@ class Evaluation(LightningModule):
 
     def speed(self, task: EvaluatedTask) -> dict[str, float]:
         """How long this process was at a task, with how many samples, on all devices together."""
-        times = self._times[task.task.name]
-        seconds = times[-1] - times[0] if times else 0.0
+        name = task.task.name
+        seconds = self._ended[name] - self._started[name] if name in self._ended else 0.0
         computed = task.pending
         return {
             "seconds": seconds,
@@ -197,12 +198,11 @@ class Evaluation(LightningModule):
         return prompts, WithSoftIds(self.model, table)
 
     def _score(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
-        scorer = self._scorers.get(task.task.name)
-        if scorer is None:
+        if self._scorer is None or self._scorer[0] != task.task.name:
             # The beginning that prompts of another task share is of no use any more.
-            self._scorers = {}
-            scorer = AnswerScorer(self.llm, task.choice_ids, task.beginning, task.longest)
-            self._scorers[task.task.name] = scorer
+            self._scorer = None
+            self._scorer = task.task.name, AnswerScorer(self.llm, task.choice_ids, task.beginning, task.longest)
+        scorer = self._scorer[1]
         prompts, reader = self._read(task, samples)
         scores = scorer(prompts, reader).cpu()
         self._check_numbers(task, samples, scores)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.tasks.task import Task
@@ -24,10 +23,10 @@ from esmerge.modalities import Encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
 from esmerge.results import check_output
 from esmerge.sources import Source, is_on_hub, resolve
-from lightning_modules.data import AnswerBatch, TokenizedExample
+from lightning_modules.data import TokenizedExample
 from lightning_modules.evaluation_results import all_versions, describe_model, portable
 from lightning_modules.finetune_recipe import FinetuningRecipe
-from lightning_modules.finetuning import AnswerFinetuning, answer_loss
+from lightning_modules.finetuning import VALIDATION_LOSS, AnswerFinetuning, JudgedFinetuning, StopEarly
 from lightning_modules.finetuning_data import FinetuningData
 from lightning_modules.prompts import NO_TEMPLATE, ChatFormat, PromptWriter, content_digest
 from lightning_modules.running import Devices, make_loggers, quiet_lightning
@@ -36,7 +35,6 @@ from lightning_modules.tasks import load_task
 from lightning_modules.unfinished import UnfinishedFolder, damaged
 
 RECORD = "finetuning.yaml"
-_LOSS = "validation_loss"
 _CHECKPOINTS = "checkpoints"
 _LOGS = "logs"
 
@@ -106,7 +104,7 @@ def finetune(
             "samples": {name: len(examples) for name, examples in training.items()},
             "steps": trainer.global_step,
             "devices": devices.count,
-            **({} if loss is None else {_LOSS: loss}),
+            **({} if loss is None else {VALIDATION_LOSS: loss}),
             "versions": all_versions(),
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -118,34 +116,6 @@ def finetune(
         result.rename(output)
         work.remove()
     return record
-
-
-class JudgedFinetuning(AnswerFinetuning):
-    """Its validation loss is the mean over all answers' tokens, however they are spread over batches and ranks.
-
-    What chance there is (dropout) follows from the seed, the step and the rank alone, so that a training can go on.
-    """
-
-    seed: int = 0
-    steps: int = 0
-
-    def total_steps(self) -> int:
-        return self.steps
-
-    def on_train_batch_start(self, batch: AnswerBatch, batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
-
-    def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-
-    def validation_step(self, batch: AnswerBatch, batch_index: int) -> None:
-        tokens = (batch.labels >= 0).sum()
-        loss = answer_loss(self.model, batch)
-        self._sums += torch.stack([loss.double() * tokens, tokens.double()])
-
-    def on_validation_epoch_end(self) -> None:
-        sums: Tensor = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        self.log(_LOSS, (sums[0] / sums[1]).float(), prog_bar=True, rank_zero_only=False)
 
 
 def _base_reference(recipe: FinetuningRecipe, source: Source) -> str | None:
@@ -208,9 +178,9 @@ def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, f
     options["enable_version_counter"] = False
     callbacks: list[Callback] = [ModelCheckpoint(filename="last", **options)]
     if recipe.validation is not None:
-        callbacks.append(ModelCheckpoint(filename="best", monitor=_LOSS, save_weights_only=True, **options))
+        callbacks.append(ModelCheckpoint(filename="best", monitor=VALIDATION_LOSS, save_weights_only=True, **options))
         if recipe.validation.patience is not None:
-            callbacks.append(StopEarly(_LOSS, patience=recipe.validation.patience))
+            callbacks.append(StopEarly(VALIDATION_LOSS, patience=recipe.validation.patience))
     with quiet_lightning():
         return devices.trainer(
             unused_parameters=recipe.train_encoders,
@@ -224,14 +194,6 @@ def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, f
             gradient_clip_val=recipe.gradient_clip,
             log_every_n_steps=min(50, data.steps_per_round),
         )
-
-
-class StopEarly(EarlyStopping):
-    """Also stops a training at once that goes on from where it had stopped early."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
 
 
 def _load(
@@ -277,14 +239,13 @@ def _fit(
     devices: Devices,
     trainer: Trainer,
     interrupted: Path | None,
-) -> tuple["JudgedFinetuning", MllmProcessor]:
+) -> tuple[JudgedFinetuning, MllmProcessor]:
     """Train, from the last checkpoint of an interrupted training if there is one."""
     if not trainer.progress_bar_callback or rank_zero_only.rank != 0:
         disable_progress_bar()  # of the weights' loading
     model, processor = _load(recipe, source, base, devices)
-    rates = (recipe.learning_rate, recipe.encoder_learning_rate, recipe.warmup_share, recipe.weight_decay)
-    module = JudgedFinetuning(model, *rates)
-    module.seed, module.steps = recipe.seed, data.steps
+    options = ("learning_rate", "encoder_learning_rate", "warmup_share", "weight_decay")
+    module = JudgedFinetuning(model, recipe.seed, data.steps, **{option: getattr(recipe, option) for option in options})
     last = None if interrupted is None else interrupted / _CHECKPOINTS / "last.ckpt"
     if last is not None and last.exists():
         _check_readable(last)
@@ -305,7 +266,7 @@ def _check_readable(checkpoint: Path) -> None:
 
 def _take_best(module: AnswerFinetuning, trainer: Trainer) -> float | None:
     """Give the model the weights of the lowest validation loss, and return that loss."""
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == _LOSS), None)
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == VALIDATION_LOSS), None)
     if not isinstance(best, ModelCheckpoint) or best.best_model_score is None:
         return None
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)

@@ -3,7 +3,8 @@
 from typing import Any, TypeAlias
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -13,6 +14,7 @@ from lightning_modules.data import AnswerBatch
 from lightning_modules.shared_prefix import CausalLM, last_logits
 from lightning_modules.soft_tokens import WithSoftIds, soft_token_table
 
+VALIDATION_LOSS = "validation_loss"
 TrainedModel: TypeAlias = CausalLM | MllmForConditionalGeneration
 
 
@@ -53,9 +55,6 @@ class AnswerFinetuning(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
-    def validation_step(self, batch: AnswerBatch, batch_index: int) -> None:
-        self.log("validation_loss", answer_loss(self.model, batch), prog_bar=True, batch_size=len(batch.labels))
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         encoders = [parameter for name, parameter in trained.items() if name.startswith("encoders.")]
@@ -79,6 +78,50 @@ class AnswerFinetuning(LightningModule):
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained
         }
+
+
+class JudgedFinetuning(AnswerFinetuning):
+    """Its validation loss is the mean over all answers' tokens, however they are spread over batches and ranks.
+
+    What chance there is (dropout) follows from the seed, the step and the rank alone, so that a training can go on.
+
+    Args:
+        model: as of `AnswerFinetuning`.
+        seed: of what chance there is.
+        steps: of the whole training.
+        options: others of `AnswerFinetuning`.
+    """
+
+    def __init__(self, model: TrainedModel, seed: int, steps: int, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.seed = seed
+        self.steps = steps
+
+    def total_steps(self) -> int:
+        return self.steps
+
+    def on_train_batch_start(self, batch: AnswerBatch, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: AnswerBatch, batch_index: int) -> None:
+        tokens = (batch.labels >= 0).sum()
+        loss = answer_loss(self.model, batch)
+        self._sums += torch.stack([loss.double() * tokens, tokens.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        sums: Tensor = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self.log(VALIDATION_LOSS, (sums[0] / sums[1]).float(), prog_bar=True, rank_zero_only=False)
+
+
+class StopEarly(EarlyStopping):
+    """Also stops a training at once that goes on from where it had stopped early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
 
 
 def answer_loss(model: TrainedModel, batch: AnswerBatch) -> Tensor:
