@@ -61,10 +61,10 @@ def load_samples(task: Task, split: str | None = None, limit: int | None = None)
     Raises:
         InputError: if the data cannot be had or does not fit the task; one sentence.
     """
-    rows = load_rows(task, split or task.split.evaluated)[:limit]
-    examples: Sequence[Sequence[Row]] = [()] * len(rows)
-    if task.examples is not None:
-        examples = choose_examples(task, rows, load_rows(task, task.split.training))
+    sources = [task.split.training] if task.examples is not None else []
+    rows, *others = load_rows(task, split or task.split.evaluated, *sources)
+    rows = rows[:limit]
+    examples: Sequence[Sequence[Row]] = choose_examples(task, rows, *others) if others else [()] * len(rows)
     return [_sample(task, row, chosen) for row, chosen in zip(rows, examples, strict=True)]
 
 

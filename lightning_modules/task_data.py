@@ -58,21 +58,22 @@ class Table:
         return Table(columns, self.source, [self.numbers[place] for place in places])
 
 
-def load_rows(task: Task, split: str) -> list[Row]:
-    """The rows of one split, in the order of the data.
+def load_rows(task: Task, *splits: str) -> list[list[Row]]:
+    """The rows of each of some splits, in the order of the data, which is read once.
 
     Raises:
         InputError: if the data cannot be had, has no such split, lacks a column, or has empty values, labels outside
             the task's or an identifier twice; it names the task, the source and the rows.
     """
     tables = _split(task, _load_tables(task))
-    if split not in tables:
-        source = next(iter(tables.values())).source
-        raise InputError(
-            f"the task {task.name}: {source} has no split {split}{nearest(split, list(tables))} "
-            f"(it has {', '.join(tables)})."
-        )
-    return _check(task, tables[split], split)
+    for split in splits:
+        if split not in tables:
+            source = next(iter(tables.values())).source
+            raise InputError(
+                f"the task {task.name}: {source} has no split {split}{nearest(split, list(tables))} "
+                f"(it has {', '.join(tables)})."
+            )
+    return [_check(task, tables[split], split) for split in splits]
 
 
 def data_folder() -> Path:

@@ -70,7 +70,7 @@ def test_tasks_of_the_paper_ask_with_five_examples(name, provide):
     provide(task)
     samples = load_samples(task)
     assert [sample.answer for sample in samples] == [n % 2 for n in range(3)]
-    for sample, row in zip(samples, load_rows(task, "test"), strict=True):
+    for sample, row in zip(samples, load_rows(task, "test")[0], strict=True):
         assert [turn.role for turn in sample.turns] == ["system", "user"]
         question = sample.turns[1].parts
         text = "".join(part if isinstance(part, str) else f"<{part.modality}>" for part in question)
@@ -112,7 +112,8 @@ def test_testbed_tasks_ask_what_the_specialists_were_trained_on(name, modality):
 @pytest.mark.parametrize("name", ["localisation", "gdsc2_mid_potency", "pydta", "kiba"])
 def test_testbed_tables(name):
     task = load_task(name)
-    rows = {split: load_rows(task, split) for split in ("train", "validation", "test")}
+    splits = ("train", "validation", "test")
+    rows = dict(zip(splits, load_rows(task, *splits), strict=True))
     assert {split: len(rows[split]) for split in rows} == task.source.rows
     asked = {split: {tuple(row.values.items()) for row in rows[split]} for split in rows}
     assert not asked["train"] & asked["test"]
@@ -129,15 +130,15 @@ def test_cell_lines_of_the_drug_response_have_the_splits_and_genes_of_the_tissue
     response = load_task("gdsc2_mid_potency")
     cells = {}
     for split in ("train", "validation", "test"):
-        for row in load_rows(response, split):
+        for row in load_rows(response, split)[0]:
             assert cells.setdefault(row.group, (split, row.values["cell"])) == (split, row.values["cell"])
     for split in ("train", "validation", "test"):
-        for row in load_rows(tissues, split):
+        for row in load_rows(tissues, split)[0]:
             assert cells.get(row.id, (split, row.values["cell"])) == (split, row.values["cell"])
 
 
 def test_kiba_tests_new_molecules_and_new_proteins():
     task = load_task("kiba")
     for name in ("molecule", "protein"):
-        seen = {row.values[name] for row in load_rows(task, "train")}
-        assert not seen & {row.values[name] for row in load_rows(task, "test")}
+        seen = {row.values[name] for row in load_rows(task, "train")[0]}
+        assert not seen & {row.values[name] for row in load_rows(task, "test")[0]}
