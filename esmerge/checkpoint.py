@@ -322,6 +322,13 @@ class Checkpoint:
             hashed.update(hashed.done, piece)
         return hashed.hash.digest()
 
+    def same_tensor(self, name: str, other: "Checkpoint", other_name: str) -> bool:
+        """Whether a tensor and one of a checkpoint are the same, bit by bit."""
+        first, second = self.info(name), other.info(other_name)
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        return self.tensor_hash(name) == other.tensor_hash(other_name)
+
     def _hash(self, name: str) -> _ReadHash:
         # Made when a tensor is first read: some files have very many. Of two threads, `setdefault` lets one win.
         return self._hashes.get(name) or self._hashes.setdefault(name, _ReadHash())

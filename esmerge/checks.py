@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from esmerge.configs import difference, kind_of
-from esmerge.errors import InputError
+from esmerge.errors import InputError, some_of
 from esmerge.methods import METHODS
 from esmerge.modalities import Modality, TextModality
 from esmerge.modalities.modality import MissingPackageError, check_name, with_encoder
@@ -196,7 +196,7 @@ def check_factors(plan: "Plan") -> None:
         only = [sorted(a.modules.keys() - b.modules.keys()) for a, b in ((first, other), (other, first))]
         if any(only):
             listed = "; ".join(
-                f"only in {specialist.name}: {_listed([name.removesuffix('.weight') for name in names])}"
+                f"only in {specialist.name}: {some_of([name.removesuffix('.weight') for name in names])}"
                 for specialist, names in zip((first, other), only, strict=True)
                 if names
             )
@@ -210,10 +210,6 @@ def check_factors(plan: "Plan") -> None:
                     f"rank {other.rank(name)} at {name.removesuffix('.weight')}; use space: weights, which takes any "
                     "mix of ranks."
                 )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_probe(plan: "Plan") -> None:

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from esmerge.checkpoint import Checkpoint
-
 # What decides how a decoder computes with its weights, under the names that architectures have for it. Sizes that its
 # tensors show are among them, as a config is the better witness.
 _COMPUTATION = (
@@ -110,11 +108,3 @@ def quantisation(config: Mapping[str, Any], tensors: Iterable[str]) -> str | Non
         if any(name.endswith(endings) for name in names):
             return method
     return None
-
-
-def same_tensor(checkpoint: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
-    """Whether two stored tensors are the same, bit by bit."""
-    first, second = checkpoint.info(name), other.info(other_name)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return checkpoint.tensor_hash(name) == other.tensor_hash(other_name)

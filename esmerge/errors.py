@@ -1,5 +1,7 @@
 """Exceptions whose messages are for the user, and what is needed to write them."""
 
+from collections.abc import Sequence
+
 
 class InputError(Exception):
     """Bad input: the message names the file, tensor or field, what was expected and what to do.
@@ -16,3 +18,9 @@ def first_line(error: object) -> str:
     """The first line of what another library says, without a full stop at its end; its kind if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from esmerge import __version__
 from esmerge.checkpoint import PARTIAL_FILES, PICKLE_SUFFIXES
-from esmerge.errors import InputError
+from esmerge.errors import InputError, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def fetch_file(file: HubFile, field: str) -> tuple[Path, str]:
             listing = _list(file.repo_id, file.revision, file.kind, field)
             there = sorted(name for name in listing.files if not name.startswith(".")) if listing else []
             raise InputError(
-                f"{field}: {file.repo_id} has no file {file.path}{f' (it has {_listed(there)})' if there else ''}."
+                f"{field}: {file.repo_id} has no file {file.path}{f' (it has {some_of(there, 5)})' if there else ''}."
             ) from error
         except transport_error() as error:
             cached = try_to_load_from_cache(**place)
@@ -459,8 +459,4 @@ def _known_revisions(repo_id: str, kind: str) -> str:
         refs = HfApi(**LIBRARY).list_repo_refs(repo_id, repo_type=kind)
     except (transport_error(), OSError):
         return ""
-    return f"; it has {_listed([ref.name for ref in (*refs.branches, *refs.tags)])}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"; it has {some_of([ref.name for ref in (*refs.branches, *refs.tags)], 5)}"

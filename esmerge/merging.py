@@ -1,6 +1,7 @@
 """Merges one tensor: coefficients and a method on a stream of blocks of rows."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -166,9 +167,7 @@ class TensorStream:
         self.deltas = deltas
         self.device = device
         self._checkpoint, self._stored = checkpoint, stored
-        self.count = 1
-        for size in shape:
-            self.count *= size
+        self.count = math.prod(shape)
         self._keep = len(deltas) * self.count * 4 <= _KEPT_BYTES
         self._kept: dict[int, list[Tensor]] = {}
 

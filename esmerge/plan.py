@@ -5,7 +5,7 @@ compared with the base's.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -292,15 +292,3 @@ def _unchanged(plan: Plan, target: Target, specialist: Specialist, name: str) ->
         if delta.rows(start, stop, base).any():
             return False
     return True
-
-
-def common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:
-    """Whether all specialists scale every module alike, so that their B factors compare as they are."""
-    first = specialists[0]
-    return all(other.scaling(name) == first.scaling(name) for other in specialists[1:] for name in first.modules)
-
-
-def agreed(specialists: Sequence[Specialist], field: str) -> str | None:
-    """What all specialists' configs say in a field, or None if they differ or are silent."""
-    values = {specialist.config.get(field) for specialist in specialists}
-    return values.pop() if len(values) == 1 else None

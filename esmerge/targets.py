@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from esmerge.checkpoint import Checkpoint
-from esmerge.configs import FLOAT8, same_tensor, ties_embeddings
+from esmerge.checkpoint import Checkpoint, TensorInfo
+from esmerge.configs import FLOAT8, ties_embeddings
 from esmerge.errors import InputError
 from esmerge.names import layer_of, natural_order
 from esmerge.sources import Source
 from esmerge.specialists import FullSpecialist, Specialist
-from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, embeddings_of
 from esmerge.vocabulary import Vocabulary, join_vocabularies
 
 MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -68,7 +68,7 @@ def match_targets(
         InputError: if a specialist lacks a tensor of the base, has others, or has it in a shape or dtype that does not
             fit.
     """
-    head, embeddings = _embeddings(stored)
+    head, embeddings = embeddings_of(stored)
     tied = head is None and embeddings is not None
     changes = [set(specialist.names) for specialist in specialists]
     # Only where the base ties them does an adapter tie its embeddings; a full checkpoint says so itself.
@@ -98,10 +98,7 @@ def match_targets(
                 found = embeddings
             changed.append(found)
         if info.dtype in FLOAT8 or (any(changed) and info.dtype not in MERGEABLE):
-            raise InputError(
-                f"{info.file}: tensor {source} is stored as {info.dtype}; quantised weights cannot be merged: "
-                "use the base in bfloat16, float16 or float32."
-            )
+            raise _quantised(info, source, "use the base")
         rows = info.shape[0] if info.shape else 1
         targets.append(Target(name, source, written, info.dtype, info.shape, rows, tuple(changed)))
     for specialist, names in zip(specialists, changes, strict=True):
@@ -116,9 +113,11 @@ def match_targets(
     return sorted(targets, key=lambda target: (target.layer is None, natural_order(target.name))), untied
 
 
-def _embeddings(stored: dict[str, str]) -> tuple[str | None, str | None]:
-    head = next((name for name in OUTPUT_EMBEDDINGS if name in stored), None)
-    return head, next((name for name in INPUT_EMBEDDINGS if name in stored), None)
+def _quantised(info: TensorInfo, tensor: str, who: str) -> InputError:
+    return InputError(
+        f"{info.file}: tensor {tensor} is stored as {info.dtype}; quantised weights cannot be merged: {who} in "
+        "bfloat16, float16 or float32."
+    )
 
 
 def _check_names(
@@ -163,11 +162,8 @@ def _check_integers(
             what = "buffers of whole numbers that the base does not have"
             specialist.left_out[what] = specialist.left_out.get(what, 0) + 1
         elif checkpoint.info(entries[name][0]).dtype.is_floating_point:
-            raise InputError(
-                f"{info.file}: tensor {tensor} is stored as {info.dtype}; quantised weights cannot be merged: save the "
-                "specialist in bfloat16, float16 or float32."
-            )
-        elif not same_tensor(specialist.checkpoint, tensor, checkpoint, entries[name][0]):
+            raise _quantised(info, tensor, "save the specialist")
+        elif not specialist.checkpoint.same_tensor(tensor, checkpoint, entries[name][0]):
             raise InputError(
                 f"{info.file}: tensor {tensor} ({info.dtype}) is not that of the base {base.reference}, and whole "
                 f"numbers cannot be merged: {specialist.name} was trained from another base."
@@ -178,10 +174,7 @@ def _check_shape(base: Source, target: Target, specialist: Specialist, name: str
     shape = specialist.shape(name)
     info = specialist.checkpoint.info(specialist.stored_as(name))
     if info.dtype not in MERGEABLE:
-        raise InputError(
-            f"{info.file}: tensor {specialist.stored_as(name)} is stored as {info.dtype}; quantised weights cannot be "
-            "merged: save the specialist in bfloat16, float16 or float32."
-        )
+        raise _quantised(info, specialist.stored_as(name), "save the specialist")
     per_token = target.name in _PER_TOKEN and len(shape) == len(target.shape)
     if shape and shape != target.shape and not (per_token and shape[1:] == target.shape[1:]):
         raise InputError(

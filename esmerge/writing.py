@@ -33,9 +33,9 @@ from esmerge.merging import (
     merged_blocks,
     summed_blocks,
 )
-from esmerge.plan import Plan, agreed, common_scaling
+from esmerge.plan import Plan
 from esmerge.scores import BLOCK_ELEMENTS, row_blocks
-from esmerge.specialists import LoraSpecialist
+from esmerge.specialists import LoraSpecialist, Specialist
 from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
 
@@ -66,7 +66,7 @@ class Output:
         self.plan, self.merger, self.folder = plan, merger, folder
         self.device = torch.device(plan.recipe.device)
         self.factors = plan.lora_specialists() if plan.recipe.space == "factors" else None
-        self.folded = self.factors is not None and not common_scaling(self.factors)
+        self.folded = self.factors is not None and not _common_scaling(self.factors)
         self._observe = observe
 
     def key(self, target: Target) -> str:
@@ -188,13 +188,13 @@ class AdapterOutput(Output):
         self.writer.finish()
         base = self.plan.base
         # A commit is one of this very repository; others may know the base by another name.
-        named = None if base.commit else agreed(self.plan.specialists, "base_model_name_or_path")
+        named = None if base.commit else _agreed(self.plan.specialists, "base_model_name_or_path")
         config = results.adapter_config(
             self._ranks,
             list(self.plan.checkpoint),
             named or base.reference,
             base.commit,
-            agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
+            _agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
         )
         results.write_json(self.folder / "adapter_config.json", config)
         results.copy_tokenizer(self.plan.base.folder, self.folder, self.plan.trust_remote_code)
@@ -206,6 +206,18 @@ class AdapterOutput(Output):
 def _sum_of_ranks(plan: Plan) -> int:
     adapters = [specialist for specialist in plan.specialists if isinstance(specialist, LoraSpecialist)]
     return sum(max(adapter.rank(name) for name in adapter.modules) for adapter in adapters)
+
+
+def _common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:
+    """Whether all specialists scale every module alike, so that their B factors compare as they are."""
+    first = specialists[0]
+    return all(other.scaling(name) == first.scaling(name) for other in specialists[1:] for name in first.modules)
+
+
+def _agreed(specialists: Sequence[Specialist], field: str) -> str | None:
+    """What all specialists' configs say in a field, or None if they differ or are silent."""
+    values = {specialist.config.get(field) for specialist in specialists}
+    return values.pop() if len(values) == 1 else None
 
 
 class FullOutput(Output):
@@ -418,10 +430,7 @@ def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:
 
 
 def _bytes(target: Target) -> int:
-    count = target.dtype.itemsize
-    for size in target.shape:
-        count *= size
-    return count
+    return target.dtype.itemsize * math.prod(target.shape)
 
 
 @contextmanager

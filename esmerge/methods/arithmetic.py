@@ -28,7 +28,7 @@ def divided(merged: Tensor, divisor: Tensor) -> Tensor:
 
 def average(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = True) -> Tensor:
     """Sum of the weighted deltas, divided by the sum of the weights if `normalize`."""
-    return weighted_sum(deltas, divided(weights.clone(), weights.sum(dim=0)) if normalize else weights)
+    return weighted_sum(deltas, shares(weights) if normalize else weights)
 
 
 def scaled_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = False, lambda_: float = 1.0) -> Tensor:

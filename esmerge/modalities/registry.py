@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.errors import InputError
+from esmerge.errors import InputError, some_of
 from esmerge.modalities.modality import Encoder, Modality
 from esmerge.sources import read_json
 
@@ -175,7 +175,7 @@ def check_shapes(
     missing, unexpected = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     if missing or unexpected:
         faults = [("lacks", missing), ("has unexpected", unexpected)]
-        told = " and ".join(f"{verb} {_listed(names)}" for verb, names in faults if names)
+        told = " and ".join(f"{verb} {some_of(sorted(names))}" for verb, names in faults if names)
         raise InputError(
             f"{source} {told} for the settings of this {modality.kind} encoder: save the encoder again or correct "
             f"its {SETTINGS_FILE}."
@@ -189,8 +189,3 @@ def _read_weights(modality: Modality, folder: Path) -> dict[str, Tensor]:
         return {}
     with Checkpoint.open(folder) as checkpoint:
         return {name: checkpoint.read(name) for name in checkpoint}
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.configs import same_tensor
 from esmerge.deltas import Delta
 from esmerge.errors import InputError
 from esmerge.sources import read_json
@@ -125,7 +124,7 @@ def are_twins(one: Specialist, other: Specialist) -> bool:
         return False
     # Small ones first: the first that differs tells.
     names = sorted(tensors, key=lambda name: one.checkpoint.info(tensors[name]).nbytes)
-    return all(same_tensor(one.checkpoint, tensors[name], other.checkpoint, others[name]) for name in names)
+    return all(one.checkpoint.same_tensor(tensors[name], other.checkpoint, others[name]) for name in names)
 
 
 def _refuse(name: str, field: str, given: Path | None, kind: str) -> None:

@@ -1,13 +1,13 @@
 """Full checkpoints: every tensor of the base, with the specialist's values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.configs import quantisation, same_tensor, ties_embeddings
+from esmerge.configs import quantisation, ties_embeddings
 from esmerge.deltas import Delta, ValueDelta
 from esmerge.errors import InputError
 from esmerge.names import canonical_names, is_rotary
@@ -44,6 +44,12 @@ def own_tensors(
     return stored, left_out
 
 
+def embeddings_of(stored: Collection[str]) -> tuple[str | None, str | None]:
+    """Which of some canonical names are the output embeddings' and the input embeddings'."""
+    head = next((name for name in OUTPUT_EMBEDDINGS if name in stored), None)
+    return head, next((name for name in INPUT_EMBEDDINGS if name in stored), None)
+
+
 def _doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, stored: Mapping[str, str]) -> str | None:
     """The canonical name of output embeddings that are a copy of the input embeddings they are tied to.
 
@@ -52,8 +58,7 @@ def _doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, store
     Args:
         stored: canonical name -> the checkpoint's tensor.
     """
-    ends = [next((name for name in names if name in stored), None) for names in (OUTPUT_EMBEDDINGS, INPUT_EMBEDDINGS)]
-    head, embeddings = ends
+    head, embeddings = embeddings_of(stored)
     if head is None or embeddings is None:
         return None
     pair = stored[head], stored[embeddings]
@@ -64,7 +69,7 @@ def _doubled_embeddings(config: Mapping[str, Any], checkpoint: Checkpoint, store
     rows = [checkpoint.read_range(name, 0, min(1, infos[0].shape[0])) for name in pair]
     if not torch.equal(*rows) or not ties_embeddings(config):
         return None
-    return head if same_tensor(checkpoint, pair[0], checkpoint, pair[1]) else None
+    return head if checkpoint.same_tensor(pair[0], checkpoint, pair[1]) else None
 
 
 class FullSpecialist:
