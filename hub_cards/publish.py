@@ -235,7 +235,7 @@ def _is_same(upload: Upload, there: RepoFile) -> bool:
 
 def _check_tag(plan: Plan) -> None:
     tag, repository = plan.destination.tag, plan.repository
-    if tag in repository.tags and not (plan.is_empty and repository.tags[tag] == repository.commit):
+    if tag is not None and tag in repository.tags and not (plan.is_empty and repository.tags[tag] == repository.commit):
         raise InputError(
             f"{plan.destination.repo_id} has a tag {tag} already, for commit {repository.tags[tag][:12]}: choose "
             "another, or delete that one first."
