@@ -14,8 +14,8 @@ from esmerge.coefficients import combine, element_coefficients
 from esmerge.deltas import Delta, LoraDelta, ValueDelta, is_finite
 from esmerge.low_rank import balanced_factors, kept_energy, refactor, truncated_svd
 from esmerge.methods import Method
-from esmerge.methods.registry import accepted
-from esmerge.scores import Score, row_blocks
+from esmerge.methods.registry import Matcher, accepted
+from esmerge.scores import Score, Spooled, row_blocks
 
 # Deltas of a tensor up to this size are kept between the passes over it; those of a larger one are made again.
 _KEPT_BYTES = 64 << 20
@@ -103,6 +103,7 @@ class Merger:
     """One way to merge: coefficients, a method, its parameters.
 
     Attributes:
+        inputs: by name of a linear layer's weight, what it reads in each specialist, [n_i, in]; for methods that match.
         statistics: of the coefficients of each tensor merged so far.
         kept_energy: of each tensor truncated so far, the share of the squared norm that was kept.
     """
@@ -111,6 +112,7 @@ class Merger:
     method: Method
     parameters: Mapping[str, Any]
     seed: int
+    inputs: Mapping[str, Sequence[Spooled]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
 
@@ -134,6 +136,16 @@ class Merger:
         self._note_scalars(name, scalars)
         ones = torch.eye(len(scalars), dtype=scalars.dtype)
         return self.method.function(list(ones), scalars[:, None], **self.parameters)
+
+    def matcher(self, name: str, layer: int | None, device: torch.device) -> Matcher | None:
+        """What merges a linear layer's weight from its inputs; None for other tensors and other methods."""
+        if self.method.match is None or name not in self.inputs:
+            return None
+        scalars = self.coefficients.scalars(name, layer)
+        assert scalars is not None, "a recipe lets nothing but one number per specialist go with such a method"
+        self._note_scalars(name, scalars)
+        inputs = [own.rows(0, own.shape[0]).to(device) for own in self.inputs[name]]
+        return self.method.match(inputs, scalars.tolist(), **accepted(self.method.match, dict(self.parameters)))
 
     def _note_scalars(self, name: str, scalars: Tensor) -> None:
         self.statistics[name] = Statistics(scalars, torch.zeros_like(scalars))
@@ -254,6 +266,21 @@ def merged_blocks(
         First row, last row + 1, rows of the merged delta in float32, and the base's rows if they were read.
     """
     method, parameters = merger.method, dict(merger.parameters)
+    base: Tensor | None
+    if method.match is not None and _is_low_rank(stream):
+        factors = _factors_of_sum(merger, name, layer, stream)
+        if factors is not None:
+            b, a = torch.cat(factors[0], dim=1), torch.cat(factors[1])
+            for start, stop in stream.spans:
+                yield start, stop, b[start:stop] @ a, None
+            return
+    if (matcher := merger.matcher(name, layer, stream.device)) is not None:
+        for start, stop in stream.spans:
+            base = stream.base(start, stop)
+            block = stream.kept_block(start, stop) if stream.several else stream.block(start, stop, base)
+            _check_finite(block)
+            yield start, stop, matcher.merge(block).mul_(parameters["lambda_"]), base
+        return
     scalars = merger.coefficients.scalars(name, layer)
     weights = _WeightRows(merger, name, layer, scalars, stream)
     if method.combine is None:
@@ -266,7 +293,6 @@ def merged_blocks(
         weights.finish()
         yield 0, stream.shape[0] if stream.shape else 1, merged, parameters.get("base")
         return
-    base: Tensor | None
     combined = accepted(method.combine, parameters)
     if method.sparsify is None:
         for start, stop in stream.spans:
@@ -395,18 +421,38 @@ def merge_low_rank(
 ) -> tuple[Tensor, Tensor]:
     """The merged delta of a weight as factors B [out, rank] and A [rank, in].
 
-    Exactly re-factored from the stacked factors where it is a weighted sum of low-rank deltas with one number each;
-    otherwise the leading singular triplets of the dense merged delta.
+    Exactly re-factored from the stacked factors where it is a sum of low-rank deltas, each times a number or, for
+    methods that match inputs, a matrix; otherwise the leading singular triplets of the dense merged delta.
     """
-    if all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas):
-        weights = merger.sum_weights(name, layer)
-        if weights is not None:
-            b, a, merger.kept_energy[name] = refactor(*_weighted_factors(weights.tolist(), stream), rank)
+    if _is_low_rank(stream):
+        pairs = _factors_of_sum(merger, name, layer, stream)
+        if pairs is not None:
+            b, a, merger.kept_energy[name] = refactor(*pairs, rank)
             return b, a
     merged = merge_dense(merger, name, layer, stream)
     u, s, vt = truncated_svd(merged, min(rank, *merged.shape))
     merger.kept_energy[name] = kept_energy(s, merged.square().sum(), rank)
     return balanced_factors(u, s, vt, rank)
+
+
+def _is_low_rank(stream: TensorStream) -> bool:
+    return all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas)
+
+
+def _factors_of_sum(
+    merger: Merger, name: str, layer: int | None, stream: TensorStream
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Matrices B_i and A_i whose products add up to the merged delta of low-rank ones; None if there are none."""
+    matcher = merger.matcher(name, layer, stream.device)
+    if matcher is None:
+        weights = merger.sum_weights(name, layer)
+        return None if weights is None else _weighted_factors(weights.tolist(), stream)
+    # Inputs act on a delta's columns alone: B_i stays, A_i becomes what a row of the delta would.
+    bs, factors_a = _weighted_factors([merger.parameters["lambda_"]] * len(stream.deltas), stream)
+    indices = [index for index, delta in enumerate(stream.deltas) if delta is not None]
+    products = [matcher.product(index, a) for index, a in zip(indices, factors_a, strict=True)]
+    solved = matcher.solve(torch.cat(products)).float().split([len(a) for a in factors_a])
+    return bs, list(solved)
 
 
 def merge_factors(

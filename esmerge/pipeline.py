@@ -24,7 +24,7 @@ from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.remote_code import code_files
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals
+from esmerge.signals import EmbeddingSignals, Positions
 from esmerge.sources import Source, content_hash
 from esmerge.specialists import Specialist, are_twins
 from esmerge.writing import Output, make_output, write_all
@@ -114,21 +114,20 @@ def compare(
         folder = stack.enter_context(results.staged_folder(output, "", resume=False))
         scratch = stack.enter_context(Scratch(folder))
         probed = _shared_probe(list(plans.values()))
-        signals = _signals(probed, scratch, progress) if probed else None
+        signals = _signals(probed, scratch, progress, list(plans.values())) if probed else None
         observers = {name: DeltaObserver() for name in plans}
         outputs = {}
         for name, plan in plans.items():
             (folder / name).mkdir()
-            own = signals if isinstance(plan.recipe.coefficients, SignalsRecipe) else None
-            outputs[name] = make_output(plan, make_merger(plan, own), folder / name, observers[name])
+            outputs[name] = make_output(plan, make_merger(plan, signals), folder / name, observers[name])
         write_all(first, list(outputs.values()), progress)
         _warn_of_twins(first.specialists)
         inputs = _inputs(probed or first)
         found = {}
         for name, result in outputs.items():
-            own = signals if isinstance(plans[name].recipe.coefficients, SignalsRecipe) else None
-            kept = inputs if own else {key: value for key, value in inputs.items() if key != "probe"}
-            _finish(plans[name], result, own, kept)
+            probed_too = plans[name].recipe.needs_probe
+            kept = inputs if probed_too else {key: value for key, value in inputs.items() if key != "probe"}
+            _finish(plans[name], result, signals, kept)
             energies = result.merger.kept_energy.values()
             found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
     return found
@@ -144,7 +143,7 @@ def _shared_probe(plans: Sequence[Plan]) -> Plan | None:
                 raise InputError(f"variants with different coefficients.{field} need a probe each: compare them apart.")
     # Scores that one of them does without are still needed by the others.
     scored = [plan for plan in probed if _granularity(plan) != "layer"]
-    return next(iter(scored + probed), None)
+    return next(iter(scored + probed + [plan for plan in plans if plan.recipe.needs_probe]), None)
 
 
 def _granularity(plan: Plan) -> str | None:
@@ -155,6 +154,8 @@ def _granularity(plan: Plan) -> str | None:
 def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Write what stands beside the weights."""
     counts = output.finish()
+    if not isinstance(plan.recipe.coefficients, SignalsRecipe):
+        signals = None  # the probe served the method alone
     _write_coefficients(plan, output.merger, signals, output.folder)
     if plan.recipe.output.signals and signals is not None:
         _write_signals(plan, output.merger, signals, output.folder)
@@ -168,9 +169,12 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     method = METHODS[recipe.method.name]
     parameters = method.parameters.model_validate(recipe.method.parameters).model_dump()
     settings, names = recipe.coefficients, list(recipe.specialists)
+    positions = _positions(plan)
+    inputs = signals.inputs.get(positions, {}) if signals is not None and positions is not None else {}
     if signals is None or not isinstance(settings, SignalsRecipe):
         assert not isinstance(settings, SignalsRecipe)
-        return Merger(FixedCoefficients(lambda name: settings.numbers(name, names)), method, parameters, recipe.seed)
+        fixed = FixedCoefficients(lambda name: settings.numbers(name, names))
+        return Merger(fixed, method, parameters, recipe.seed, inputs)
     if method.name == "linear":
         # Each element's coefficients sum to 1 as the paper defines them; dividing again would change the last digits.
         parameters["normalize"] = False
@@ -181,15 +185,27 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
         scores=None if settings.granularity == "layer" else signals.scores,
         tau=settings.tau,
     )
-    return Merger(coefficients, method, parameters, recipe.seed)
+    return Merger(coefficients, method, parameters, recipe.seed, inputs)
 
 
-def _signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSignals | None:
-    if not isinstance(plan.recipe.coefficients, SignalsRecipe):
+def _signals(plan: Plan, scratch: Scratch, progress: bool, others: Sequence[Plan] = ()) -> EmbeddingSignals | None:
+    """What the probe tells, for a plan and for others with the same inputs; None if none of them needs one."""
+    if not plan.recipe.needs_probe:
         return None
     from esmerge.probing import measure_signals
 
-    return measure_signals(plan, scratch, progress)
+    wanted = {positions for own in (plan, *others) if (positions := _positions(own)) is not None}
+    return measure_signals(plan, scratch, progress, sorted(wanted))
+
+
+def _positions(plan: Plan) -> Positions | None:
+    """Where the method needs what linear layers read; a method that leaves no choice takes all positions."""
+    method = plan.recipe.method
+    if not method.matches:
+        return None
+    parameters = METHODS[method.name].parameters.model_validate(method.parameters)
+    positions: Positions = getattr(parameters, "tokens", "all")
+    return positions
 
 
 def _alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:
@@ -244,7 +260,7 @@ def _write_signals(plan: Plan, merger: Merger, signals: EmbeddingSignals, folder
 
 def _probe_files(plan: Plan) -> list[str]:
     probe = plan.recipe.probe
-    if probe is None or not isinstance(plan.recipe.coefficients, SignalsRecipe):
+    if probe is None or not plan.recipe.needs_probe:
         return []
     template = probe.chat_template if probe.chat_template and "{" not in probe.chat_template else None
     return [reference for reference in [probe.tensors, template, *(probe.data or {}).values()] if reference]
@@ -268,7 +284,7 @@ def _fingerprint(plan: Plan) -> str:
 
 def _threads(plan: Plan) -> dict[str, int]:
     """The number of threads, where a result depends on it: products of matrices are added up in its order."""
-    return {"threads": torch.get_num_threads()} if isinstance(plan.recipe.coefficients, SignalsRecipe) else {}
+    return {"threads": torch.get_num_threads()} if plan.recipe.needs_probe else {}
 
 
 def _inputs(plan: Plan) -> dict[str, Any]:

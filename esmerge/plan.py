@@ -82,7 +82,7 @@ class Plan:
     def encodes(self) -> bool:
         """Whether items go through encoders, for the probe."""
         probe = self.recipe.probe
-        return isinstance(self.recipe.coefficients, SignalsRecipe) and probe is not None and probe.data is not None
+        return self.recipe.needs_probe and probe is not None and probe.data is not None
 
     def coefficient_names(self, target: Target) -> list[str]:
         """The names that coefficients know a target by: its own, or those of the factors it is merged as."""
@@ -239,9 +239,9 @@ def with_recipe(plan: Plan, recipe: Recipe) -> Plan:
     """
     plan = replace(plan, recipe=recipe)
     check_count(recipe)
-    if isinstance(recipe.coefficients, SignalsRecipe):
+    if recipe.needs_probe:
         check_probe(plan)
-    else:
+    if not isinstance(recipe.coefficients, SignalsRecipe):
         check_patterns(plan, recipe.coefficients)
     return plan
 

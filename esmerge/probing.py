@@ -18,7 +18,7 @@ from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
 from esmerge.remote_code import FLAG
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals, ProbedSpecialist, SignalSettings, embedding_signals
+from esmerge.signals import EmbeddingSignals, Positions, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
 from esmerge.targets import Target
 
@@ -27,10 +27,17 @@ from esmerge.targets import Target
 ENCODER_BATCH_SIZE = 8
 
 
-def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSignals:
-    """Measure the embedding signals that a plan's recipe asks for."""
-    recipe, settings = plan.recipe, plan.recipe.coefficients
-    assert isinstance(settings, SignalsRecipe) and recipe.probe is not None
+def measure_signals(plan: Plan, scratch: Scratch, progress: bool, inputs: Sequence[Positions] = ()) -> EmbeddingSignals:
+    """Measure the embedding signals that a plan's recipe asks for.
+
+    Args:
+        inputs: at which positions to keep what linear layers read.
+    """
+    recipe = plan.recipe
+    assert recipe.probe is not None
+    settings = recipe.coefficients
+    if not isinstance(settings, SignalsRecipe):
+        settings = SignalsRecipe.model_validate({"from": "embedding_signals", "granularity": "layer"})
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
     backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint, plan.trust_remote_code)
     return embedding_signals(
@@ -44,6 +51,7 @@ def measure_signals(plan: Plan, scratch: Scratch, progress: bool) -> EmbeddingSi
             distance=settings.distance,
             tokens=settings.tokens,
             seed=recipe.seed,
+            inputs=inputs,
             keep_responses=recipe.output.signals,
         ),
         scratch,

@@ -184,6 +184,13 @@ class MethodRecipe(BaseModel):
         return self
 
     @property
+    def matches(self) -> bool:
+        """Whether it needs what linear layers read in each specialist."""
+        from esmerge.methods import METHODS
+
+        return METHODS[self.name].match is not None
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """The method's parameters, as the recipe gives them."""
         return dict(self.model_extra or {})
@@ -213,7 +220,7 @@ class Recipe(_Strict):
     Attributes:
         base: the model that all specialists were trained from, as folder or Hub id.
         specialists: at least two, each named after its modality.
-        probe: needed by coefficients from embedding signals.
+        probe: needed by coefficients from embedding signals, and by methods that match what the specialists read.
         space: `weights` merges the deltas of the weights; `factors` merges LoRA's A and B separately, as the
             paper does, which adds cross terms.
         seed: of everything random.
@@ -236,6 +243,11 @@ class Recipe(_Strict):
     def folder(self) -> Path:
         """What relative paths start from: the recipe file's folder."""
         return self._folder
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the probe has to go through base and specialists."""
+        return isinstance(self.coefficients, SignalsRecipe) or self.method.matches
 
     @field_validator("specialists", mode="before")
     @classmethod
@@ -288,6 +300,15 @@ class Recipe(_Strict):
         elif isinstance(self.coefficients.from_, dict):
             _check_keys("coefficients", self.coefficients.from_, names)
             _check_weights(self.coefficients.from_)
+        if self.method.matches:
+            if self.probe is None:
+                raise ValueError(f"probe is missing; method {self.method.name} needs what the specialists read in one")
+            if self.space == "factors":
+                raise ValueError(f"space: method {self.method.name} merges weights; leave space out")
+            if isinstance(self.coefficients, SignalsRecipe) and self.coefficients.granularity != "layer":
+                raise ValueError(
+                    f"coefficients.granularity: method {self.method.name} takes one number per specialist; use layer"
+                )
         if self.space == "factors" and self.output.rank is not None:
             raise ValueError(
                 "output.rank: merged factors keep the specialists' rank; leave it out, or use space: weights"

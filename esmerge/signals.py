@@ -10,10 +10,12 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from esmerge.attach import Observer, attached, is_linear
@@ -22,9 +24,11 @@ from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
 from esmerge.probe import Probe
-from esmerge.scores import Score, Scratch, dense_score, pair_score
+from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 
 Distance = Literal["mse", "frobenius"]
+# At which positions inputs of linear layers are taken: of the specialist's own modality, or all up to the last item.
+Positions = Literal["own", "all"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class SignalSettings:
             Frobenius norm (paper).
         tokens: whose positions it takes: the specialist's `primary` modality (released code) or `all` (paper).
         seed: of the directions.
+        inputs: at which positions to keep the inputs of the linear layers that some specialist changes.
         keep_responses: keep the pooled embeddings, [K, H] for each model, modality and layer.
     """
 
@@ -64,6 +69,7 @@ class SignalSettings:
     distance: Distance = "mse"
     tokens: Literal["primary", "all"] = "primary"
     seed: int = 42
+    inputs: Sequence[Positions] = ()
     keep_responses: bool = False
 
 
@@ -78,12 +84,14 @@ class EmbeddingSignals:
         scores: by tensor name, one score per specialist. Tensor names are canonical (`layers.N.<module>.weight`);
             `layers.N.<module>.lora_a.weight` and `.lora_b.weight` for scores of factors.
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
+        inputs: by positions and canonical name of a weight, [n, in] for each specialist, if they were to be kept.
     """
 
     distances: Tensor
     planes: Tensor
     scores: dict[str, list[Score]] = field(default_factory=dict)
     responses: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    inputs: dict[Positions, dict[str, list[Spooled]]] = field(default_factory=dict)
 
 
 def embedding_signals(
@@ -107,7 +115,11 @@ def embedding_signals(
     shapes = [batch.attention_mask.shape for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
     batches = [
-        _Batch(*backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask), batch.masks.to(device))
+        _Batch(
+            *backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask),
+            batch.masks.to(device),
+            batch.attention_mask.to(device).bool(),
+        )
         for batch in probe.batches
     ]
     base_states = [batch.first for batch in batches]
@@ -133,8 +145,14 @@ def embedding_signals(
                 own = modalities.index(specialist.name)
                 measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
                 gradients = _make_gradients(settings.scores, deltas[i], touched, layer)
-                with attached(norm, specialist.norm_deltas() if last else {}):
-                    _advance(layer, number, batches, states[i], gradients, targets, norm, measured, settings.distance)
+                reading = _Reading(layer, touched, own, settings.inputs)
+                with attached(norm, specialist.norm_deltas() if last else {}), reading:
+                    far = partial(_distance, norm=norm, distance=settings.distance)
+                    _advance(layer, number, batches, states[i], gradients, targets, far, measured, reading)
+                for positions, found in reading.spooled(scratch).items():
+                    for name, inputs in found.items():
+                        of = signals.inputs.setdefault(positions, {}).setdefault(f"layers.{number}.{name}", [])
+                        of.append(inputs)
                 for name, score in gradients.scores(scratch).items():
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
                 pooled.append(_pool(states[i], batches))
@@ -153,18 +171,19 @@ def _advance(
     states: list[Tensor],
     gradients: "_NoGradients",
     targets: Sequence[Tensor],
-    norm: Callable[[Tensor], Tensor],
+    distance: Callable[..., Tensor],
     measured: Sequence[int],
-    distance: Distance,
+    reading: "_Reading",
 ) -> None:
     """Push a specialist's hidden states through its version of a layer, and collect gradients inside it."""
     with attached(layer, gradients.deltas, gradients.observers, gradients.leaves):
         gradients.start(layer)
         for index, batch in enumerate(batches):
+            reading.batch = batch
             with torch.set_grad_enabled(gradients.wanted):
                 state = run_layer(layer, states[index], batch.arguments[number])
                 if gradients.wanted:
-                    gradients.collect(_distance(state, targets[index], norm, batch.masks[measured], distance))
+                    gradients.collect(distance(state, targets[index], masks=batch.masks[measured]))
             states[index] = state.detach()
 
 
@@ -190,11 +209,15 @@ def _enter_distances(
 
 @dataclass(frozen=True)
 class _Batch:
-    """A probe batch on its way through the layers: first hidden states, layers' arguments, masks [M, B, T]."""
+    """A probe batch on its way through the layers.
+
+    First hidden states, layers' arguments, masks of the modalities [M, B, T] and of what is no padding [B, T].
+    """
 
     first: Tensor
     arguments: list[LayerArguments]
     masks: Tensor
+    attended: Tensor
 
 
 def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
@@ -208,7 +231,7 @@ def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
 
 
 def _distance(
-    state: Tensor, target: Tensor, norm: Callable[[Tensor], Tensor], masks: Tensor, distance: Distance
+    state: Tensor, target: Tensor, *, masks: Tensor, norm: Callable[[Tensor], Tensor], distance: Distance
 ) -> Tensor:
     """Distance of hidden states [B, T, H], after `norm`, from the base's, summed over the modalities of `masks`."""
     total = state.new_zeros((), dtype=torch.float32)
@@ -216,6 +239,64 @@ def _distance(
         gap = norm(state[mask]).float() - target[mask].float()
         total = total + (gap.square().mean() if distance == "mse" else gap.norm())
     return total
+
+
+class _Reading:
+    """Takes down what linear layers read in a specialist, while it is entered.
+
+    Args:
+        layer: a decoder layer.
+        names: of its parameters; those that are no linear layer's weight are left out.
+        own: index of the specialist's modality.
+        positions: where.
+
+    Attributes:
+        batch: that goes through the layer.
+    """
+
+    batch: _Batch
+
+    def __init__(self, layer: nn.Module, names: Sequence[str], own: int, positions: Sequence[Positions]) -> None:
+        self._owners = {
+            name: layer.get_submodule(name.rpartition(".")[0]) for name in names if positions and is_linear(layer, name)
+        }
+        self._own, self._positions = own, positions
+        self._parts: dict[Positions, dict[str, list[Tensor]]] = {
+            where: {name: [] for name in self._owners} for where in positions
+        }
+        # Several layers read the same tensor: it is taken down once.
+        self._latest: tuple[Tensor, dict[Positions, Tensor]] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "_Reading":
+        for name, owner in self._owners.items():
+            self._handles.append(owner.register_forward_pre_hook(partial(self._note, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._latest = None
+
+    def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach()
+        if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
+            masks = {"own": self.batch.masks[self._own], "all": self.batch.attended}
+            self._latest = x, {where: x[masks[where]] for where in self._positions}
+        for where, part in self._latest[1].items():
+            self._parts[where][name].append(part)
+
+    def spooled(self, scratch: Scratch) -> dict[Positions, dict[str, Spooled]]:
+        """What was read, [n, in] over all batches, by positions and name."""
+        found: dict[Positions, dict[str, Spooled]] = {}
+        known: dict[tuple[int, ...], Spooled] = {}
+        for where, parts in self._parts.items():
+            for name, own in parts.items():
+                key = tuple(map(id, own))
+                if key not in known:
+                    known[key] = scratch.put(torch.cat(own))
+                found.setdefault(where, {})[name] = known[key]
+        return found
 
 
 class _NoGradients:

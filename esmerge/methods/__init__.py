@@ -7,6 +7,7 @@ a function under `@merging_method` is known to recipes by its name, its keyword 
 
 from esmerge.methods.arithmetic import linear, task_arithmetic
 from esmerge.methods.geometric import karcher, model_stock, slerp
+from esmerge.methods.matching import embedding_matching, regmean
 from esmerge.methods.registry import METHODS, Method, merging_method
 from esmerge.methods.selective import pcb, sce
 from esmerge.methods.sparse import (
@@ -30,6 +31,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "embedding_matching",
     "iso_c",
     "karcher",
     "linear",
@@ -37,6 +39,7 @@ __all__ = [
     "merging_method",
     "model_stock",
     "pcb",
+    "regmean",
     "sce",
     "slerp",
     "task_arithmetic",

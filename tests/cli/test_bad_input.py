@@ -610,7 +610,8 @@ def specialist_in_int8(inputs):
     inputs.change_tensors("cell/model.safetensors", lambda t: t.update({name: t[name].to(torch.int8)}))
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Methods that match need a probe, and so a model that knows all of its tensors.
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.match is None])
 @pytest.mark.parametrize("output", [{"format": "full"}, {"rank": 4}], ids=["full", "adapter"])
 def test_empty_tensors_and_scalars(inputs, esmerge, tmp_path, method, output):
     if METHODS[method].specialists == 2:

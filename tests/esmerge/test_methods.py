@@ -485,6 +485,8 @@ class TestEmbeddingSignals:
                 recipe["probe"]["data"].pop("cell", None)
                 recipe["probe"]["template"] = "Molecule: {molecule}\nProtein: {protein}"
             changes = {} if coefficients is None else {"coefficients": coefficients}
+            if coefficients is None and METHODS[name].match is not None:
+                changes["coefficients"] = {**recipe["coefficients"], "granularity": "layer"}
             return {**recipe, "method": {"name": name, **sparse_parameters(name)}, "output": output, **changes}
 
         return make
@@ -515,6 +517,7 @@ def test_layers_with_coefficients_of_zero_stay_the_base(name, llama, recipe, mer
         "base": "base",
         "specialists": {specialist: specialist for specialist in names},
         "coefficients": {specialist: {"layers.0.*": 0, "*": 0.5} for specialist in names},
+        "probe": recipe["probe"],
         "method": name,
         "output": {"format": "full"},
     }

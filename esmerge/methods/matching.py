@@ -1,0 +1,184 @@
+"""Methods that match what linear layers make of the specialists' own inputs, by least squares.
+
+Tensors that are no linear layer's weight have no such inputs and are averaged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from esmerge.methods.arithmetic import scaled_sum
+from esmerge.methods.registry import Finite, merging_method
+
+Shrink = Annotated[float, Field(ge=0, lt=1)]
+Tokens = Literal["own", "all"]
+# Columns of the inputs that are in float64 at a time.
+_COLUMNS = 1 << 10
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The delta D of a weight that minimises sum_i c_i |(D - D_i) X_i^T|^2, for deltas that come in blocks of rows.
+
+    With G_i = c_i X_i^T X_i, whose off-diagonal elements are multiplied by `shrink` (RegMean, Jin et al. 2023, arXiv
+    2212.09849, section 3.2), D = (sum_i D_i G_i) (sum_i G_i)^-1. Where the inputs are fewer than their features, no
+    matrix of features by features is made (Woodbury's identity). All in float64.
+
+    Attributes:
+        inputs: X_i [n_i, in].
+        scales: c_i.
+        diagonals: of X_i^T X_i, float64 [in].
+        shrink: in [0, 1).
+        remainder: diagonal of the sum of all G_i that is not shared with products of inputs, float64 [in].
+        factor: Cholesky factor of the sum of all G_i [in, in], or of the identity plus the products of inputs [n, n].
+    """
+
+    inputs: Sequence[Tensor]
+    scales: Sequence[float]
+    diagonals: Sequence[Tensor]
+    shrink: float
+    remainder: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], weights: Sequence[float], *, shrink: float, trace: bool) -> "Matching":
+        """Prepare the solution.
+
+        Args:
+            inputs: X_i [n_i, in] for each specialist.
+            weights: of the specialists.
+            trace: divide each X_i^T X_i by its trace, so that neither the number nor the size of its inputs makes a
+                specialist count more.
+        """
+        diagonals = [_squared_norms(x) for x in inputs]
+        totals = [float(diagonal.sum()) if trace else 1.0 for diagonal in diagonals]
+        scales = [weight / total if total > 0 else 0.0 for weight, total in zip(weights, totals, strict=True)]
+        remainder = sum(
+            (scale * (1 - shrink) * diagonal for scale, diagonal in zip(scales, diagonals, strict=True)),
+            torch.zeros_like(diagonals[0]),
+        )
+        # A feature that is always zero tells nothing; any number keeps its column of the result zero.
+        remainder = torch.where(remainder > 0, remainder, 1.0)
+        width, count = len(remainder), sum(map(len, inputs))
+        roots = [(shrink * scale) ** 0.5 for scale in scales]
+        if count < width:
+            system = torch.eye(count, dtype=torch.float64, device=remainder.device)
+            for start in range(0, width, _COLUMNS):
+                part = _stacked(inputs, roots, slice(start, start + _COLUMNS))
+                system.addmm_(part / remainder[start : start + _COLUMNS], part.T)
+        else:
+            system = torch.diag(remainder)
+            for x, root in zip(inputs, roots, strict=True):
+                scaled = x.double() * root
+                system.addmm_(scaled.T, scaled)
+        return cls(inputs, scales, diagonals, shrink, remainder, torch.linalg.cholesky(system))
+
+    def product(self, index: int, rows: Tensor) -> Tensor:
+        """Rows [h, in] of a specialist's delta, or of its factor A, times G_i; float64."""
+        rows, x = rows.double(), self.inputs[index]
+        embeddings = torch.zeros(len(rows), len(x), dtype=torch.float64, device=rows.device)
+        spans = [slice(start, start + _COLUMNS) for start in range(0, x.shape[1], _COLUMNS)]
+        for span in spans:
+            embeddings.addmm_(rows[:, span], x[:, span].double().T)
+        product = rows * (self.diagonals[index] * (1 - self.shrink))
+        for span in spans:
+            product[:, span].addmm_(embeddings, x[:, span].double(), alpha=self.shrink)
+        return product.mul_(self.scales[index])
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """Rows [h, in], float64, times the inverse of the sum of all G_i."""
+        if len(self.factor) == len(self.remainder):
+            return torch.cholesky_solve(rows.T, self.factor).T
+        divided = rows / self.remainder
+        roots = [(self.shrink * scale) ** 0.5 for scale in self.scales]
+        right = torch.zeros(len(self.factor), len(rows), dtype=torch.float64, device=rows.device)
+        spans = [slice(start, start + _COLUMNS) for start in range(0, rows.shape[1], _COLUMNS)]
+        for span in spans:
+            right.addmm_(_stacked(self.inputs, roots, span), divided[:, span].T)
+        solved = torch.cholesky_solve(right, self.factor)
+        for span in spans:
+            part = _stacked(self.inputs, roots, span) / self.remainder[span]
+            divided[:, span].addmm_(solved.T, part, alpha=-1)
+        return divided
+
+    def merge(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of the merged delta from the same rows [h, in] of each specialist's delta; in their dtype."""
+        total = self.product(0, rows[0])
+        for index, own in enumerate(rows[1:], start=1):
+            total += self.product(index, own)
+        return self.solve(total).to(rows[0].dtype)
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Of the columns, float64 [in]."""
+    parts = [x[:, start : start + _COLUMNS].double().square().sum(dim=0) for start in range(0, x.shape[1], _COLUMNS)]
+    return torch.cat(parts)
+
+
+def _stacked(inputs: Sequence[Tensor], roots: Sequence[float], span: slice) -> Tensor:
+    return torch.cat([x[:, span].double() * root for x, root in zip(inputs, roots, strict=True)])
+
+
+def averaged(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: float = 1.0) -> Tensor:
+    """The weighted mean, for what is no linear layer's weight."""
+    return scaled_sum(deltas, weights, normalize=True, lambda_=lambda_)
+
+
+_SAME_SIZE = partial(Matching.of, trace=True)
+_AS_THEY_ARE = partial(Matching.of, trace=False)
+
+
+@merging_method(combine=averaged, match=_SAME_SIZE)
+def embedding_matching(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    tokens: Tokens = "own",
+    shrink: Shrink = 0.9,
+    lambda_: Finite = 1.0,
+    inputs: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Match each specialist's embeddings of its own modality, linear layer by linear layer.
+
+    The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
+    specialist i for the probe, at the positions of i's own modality. It is RegMean (Jin et al. 2023, arXiv 2212.09849,
+    eq. 2) with modality masks, and with terms of equal size.
+
+    Args:
+        weights: one number per specialist.
+        tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, or `all` up
+            to the last item.
+        shrink: what off-diagonal elements of each X_i^T X_i are multiplied by; smaller resists noise.
+        lambda_: scale of the result.
+        inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
+    """
+    if inputs is None:
+        return averaged(deltas, weights, lambda_=lambda_)
+    return _SAME_SIZE(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)
+
+
+@merging_method(combine=averaged, match=_AS_THEY_ARE)
+def regmean(
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    shrink: Shrink = 0.9,
+    lambda_: Finite = 1.0,
+    inputs: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2): `embedding_matching` at all positions, terms as they are.
+
+    Args:
+        weights: one number per specialist.
+        shrink: what off-diagonal elements of each X_i^T X_i are multiplied by (their alpha).
+        lambda_: scale of the result.
+        inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
+    """
+    if inputs is None:
+        return averaged(deltas, weights, lambda_=lambda_)
+    return _AS_THEY_ARE(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)

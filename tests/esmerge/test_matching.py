@@ -1,0 +1,211 @@
+"""Methods that match what the specialists read, against plain transformers, PEFT and the normal equations."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from esmerge.methods import embedding_matching, regmean
+
+NAMES = ("molecule", "protein", "cell")
+LENGTH = 12
+
+
+def normal_equations(deltas, weights, inputs, shrink, trace):
+    """The delta that minimises the shrunk objective, in float64."""
+    total = right = 0
+    for delta, weight, x in zip(deltas, weights, inputs, strict=True):
+        gram = x.double().numpy().T @ x.double().numpy()
+        gram = shrink * gram + (1 - shrink) * np.diag(np.diag(gram))
+        gram = gram * weight / (np.trace(gram) if trace else 1)
+        total, right = total + gram, right + delta.double().numpy() @ gram
+    return torch.from_numpy(np.linalg.solve(total, right.T).T)
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("counts", [(4, 3, 5), (40, 30, 2)])
+def test_is_the_solution_of_the_normal_equations(random, counts):
+    """Whether the inputs are fewer than their features or not."""
+    deltas = [torch.randn(7, 24, generator=random) for _ in counts]
+    scale = torch.logspace(-1, 1, 24)
+    inputs = [torch.randn(count, 24, generator=random) * scale for count in counts]
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    for shrink in (0.0, 0.5, 0.9, 0.999):
+        for method, trace in ((embedding_matching, True), (regmean, False)):
+            found = method(deltas, weights, inputs=inputs, shrink=shrink, lambda_=2.0)
+            expected = 2 * normal_equations(deltas, weights.tolist(), inputs, shrink, trace)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_own_inputs_are_reproduced(random):
+    """Where the specialists read unlike things, the merged delta does to each what its own would."""
+    deltas = [torch.randn(6, 32, generator=random) for _ in range(2)]
+    inputs = [torch.randn(5, 32, generator=random) for _ in range(2)]
+    merged = embedding_matching(deltas, torch.ones(2), inputs=inputs, shrink=0.9999)
+    average = embedding_matching(deltas, torch.ones(2))
+    torch.testing.assert_close(average, (deltas[0] + deltas[1]) / 2)
+    for delta, x in zip(deltas, inputs, strict=True):
+        wanted = x @ delta.T
+        assert (x @ merged.T - wanted).norm() < 0.02 * wanted.norm() < 0.1 * (x @ average.T - wanted).norm()
+
+
+def test_features_that_are_always_zero_stay_out(random):
+    inputs = [torch.randn(50, 8, generator=random) for _ in range(2)]
+    for x in inputs:
+        x[:, 3] = 0
+    merged = embedding_matching([torch.ones(2, 8), torch.ones(2, 8)], torch.ones(2), inputs=inputs)
+    torch.testing.assert_close(merged, torch.ones(2, 8).index_fill(1, torch.tensor([3]), 0))
+
+
+@pytest.fixture
+def probed(llama, recipe, random):
+    """A function that writes a probe of K inputs; gives the recipe, and what each specialist's layers read."""
+
+    def make(count, method):
+        hidden, names = 32, list(NAMES)
+        tensors = {
+            "inputs_embeds": torch.randn(count, LENGTH, hidden, generator=random),
+            "attention_mask": torch.ones(count, LENGTH, dtype=torch.int64),
+        }
+        tensors["attention_mask"][0, :2] = 0
+        for place, name in enumerate(names):
+            tensors[f"mask.{name}"] = torch.zeros(count, LENGTH, dtype=torch.bool)
+            tensors[f"mask.{name}"][:, 2 + 3 * place : 4 + 3 * place] = True
+        save_file(tensors, llama / f"probe-{count}.safetensors")
+        content = recipe | {"probe": {"tensors": f"probe-{count}.safetensors"}, "method": method}
+        content["coefficients"] = "uniform"
+        own = isinstance(method, dict) or method == "embedding_matching"
+        read = {}
+        for name in names:
+            base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, llama / name)
+            # The probe ends with its last item.
+            all_of_it = tensors["attention_mask"].bool() & (torch.arange(LENGTH) < 4 + 3 * names.index("cell"))
+            positions = tensors[f"mask.{name}"] if own else all_of_it
+            read[name] = {}
+
+            def note(module, arguments, key, read=read[name], positions=positions):
+                read[key] = arguments[0].detach()[positions]
+
+            for key, module in model.base_model.model.named_modules():
+                if hasattr(module, "lora_A"):
+                    module.register_forward_pre_hook(lambda m, args, key=key, note=note: note(m, args, key))
+            with torch.no_grad():
+                model(inputs_embeds=tensors["inputs_embeds"], attention_mask=tensors["attention_mask"])
+        return content, read
+
+    return make
+
+
+def expected_of(llama, read, trace, shrink=0.9):
+    """Merged deltas by name of a module, from adapters and what their models read."""
+    adapters = {name: load_file(llama / name / "adapter_model.safetensors") for name in NAMES}
+    scaling = 8 / 4
+    merged = {}
+    for module in read["cell"]:
+        factors = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "BA"]
+        deltas = [scaling * adapters[name][factors[0]] @ adapters[name][factors[1]] for name in NAMES]
+        merged[module] = normal_equations(deltas, [1 / 3] * 3, [read[name][module] for name in NAMES], shrink, trace)
+    return merged
+
+
+@pytest.mark.parametrize(("count", "method"), [(2, "embedding_matching"), (9, "embedding_matching"), (4, "regmean")])
+def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, count, method):
+    content, read = probed(count, method)
+    folder = merge(content)
+    merged = load_file(folder / "adapter_model.safetensors")
+    expected = expected_of(llama, read, method == "embedding_matching")
+    assert len(merged) == 2 * len(expected) == 2 * 3 * 7
+    for module, delta in expected.items():
+        factors = [merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA"]
+        assert factors[0].shape[1] == 12  # the specialists' ranks together, which is exact
+        torch.testing.assert_close(
+            (factors[0] @ factors[1]).double(),
+            delta,
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda text, module=module: f"{module}: {text}",
+        )
+    record = yaml.safe_load((folder / "esmerge.yaml").read_text())
+    assert record["kept_energy"]["minimum"] == pytest.approx(1)
+    assert list(record["inputs"]["probe"]) == [content["probe"]["tensors"]]
+
+
+def test_full_checkpoints_give_what_adapters_give(llama, merge, probed, tmp_path):
+    """Deltas that are values are merged in blocks of rows, low-rank ones by their factors."""
+    content, read = probed(4, "embedding_matching")
+    content["output"] = {"format": "full"}
+    found = load_file(merge(content, "of-adapters") / "model.safetensors")
+    for name in NAMES:
+        base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+        PeftModel.from_pretrained(base, llama / name).merge_and_unload().save_pretrained(tmp_path / name)
+        content["specialists"][name] = {"model": str(tmp_path / name)}
+    other = load_file(merge(content, "of-values") / "model.safetensors")
+    base = load_file(llama / "base" / "model.safetensors")
+    for module, delta in expected_of(llama, read, trace=True).items():
+        for merged in (found, other):
+            change = (merged[f"{module}.weight"] - base[f"{module}.weight"]).double()
+            torch.testing.assert_close(change, delta, rtol=1e-3, atol=1e-4)
+    # What no specialist changes is the base's.
+    assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+
+
+def test_signals_can_weigh_the_terms(llama, merge, probed):
+    content, read = probed(4, {"name": "embedding_matching", "shrink": 0.5})
+    content["coefficients"] = {"from": "embedding_signals", "granularity": "layer", "projections": 32}
+    folder = merge(content)
+    alpha = load_file(folder / "coefficients.safetensors")["alpha"]
+    merged = load_file(folder / "adapter_model.safetensors")
+    adapters = {name: load_file(llama / name / "adapter_model.safetensors") for name in NAMES}
+    module = "model.layers.1.mlp.down_proj"
+    b, a = (f"base_model.model.{module}.lora_{letter}.weight" for letter in "BA")
+    deltas = [2 * adapters[name][b] @ adapters[name][a] for name in NAMES]
+    inputs = [read[name][module] for name in NAMES]
+    expected = normal_equations(deltas, alpha[:, 1].tolist(), inputs, 0.5, True)
+    torch.testing.assert_close((merged[b] @ merged[a]).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"probe": None}, "probe is missing; method embedding_matching needs what the specialists read in one"),
+        ({"space": "factors"}, "space: method embedding_matching merges weights; leave space out"),
+        ({"coefficients": {"from": "embedding_signals"}}, "granularity: method embedding_matching takes one number"),
+        ({"method": {"name": "embedding_matching", "shrink": 1.0}}, "shrink"),
+        ({"method": {"name": "embedding_matching", "tokens": "some"}}, "tokens"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(llama, recipe, esmerge, tmp_path, change, said):
+    content = recipe | {"coefficients": "uniform", "method": "embedding_matching"} | change
+    content = {key: value for key, value in content.items() if value is not None}
+    content["base"] = str(llama / "base")
+    content["specialists"] = {name: {"model": str(llama / name)} for name in NAMES}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    code, _, err = esmerge("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_several_methods_are_compared_with_one_probe(llama, probed, esmerge, tmp_path):
+    content, _ = probed(4, "linear")
+    content["base"] = str(llama / "base")
+    content["specialists"] = {name: {"model": str(llama / name)} for name in NAMES}
+    content["probe"]["tensors"] = str(llama / content["probe"]["tensors"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    methods = ["linear", "embedding_matching", "{name: embedding_matching, tokens: all}", "regmean"]
+    options = [word for method in methods for word in ("--method", method)]
+    code, _, err = esmerge("compare", tmp_path / "recipe.yaml", "-o", tmp_path / "compared", "--quiet", *options)
+    assert code == 0, err
+    folders = sorted((tmp_path / "compared").iterdir())
+    assert len(folders) == len(methods)
+    merged = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    key = next(name for name in merged[0] if "lora_A" in name)
+    assert len({tensors[key].numpy().tobytes() for tensors in merged}) == len(methods)
