@@ -38,8 +38,8 @@ def merge(
     """Merge the specialists of a recipe into a model in the new folder `output`.
 
     Everything that headers and configs can tell is checked before anything is merged, and nothing is left behind if
-    anything fails. On a CPU the same inputs, recipe and versions give the same bytes; with coefficients from embedding
-    signals also the number of threads must be the same, which the result's record states.
+    anything fails. On a CPU the same inputs, recipe and versions give the same bytes; with a probe also the number of
+    threads must be the same, which the result's record states.
 
     Args:
         progress: show progress bars.
@@ -171,10 +171,10 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     settings, names = recipe.coefficients, list(recipe.specialists)
     positions = _positions(plan)
     inputs = signals.inputs.get(positions, {}) if signals is not None and positions is not None else {}
-    if signals is None or not isinstance(settings, SignalsRecipe):
-        assert not isinstance(settings, SignalsRecipe)
+    if not isinstance(settings, SignalsRecipe):
         fixed = FixedCoefficients(lambda name: settings.numbers(name, names))
         return Merger(fixed, method, parameters, recipe.seed, inputs)
+    assert signals is not None
     if method.name == "linear":
         # Each element's coefficients sum to 1 as the paper defines them; dividing again would change the last digits.
         parameters["normalize"] = False

@@ -202,7 +202,7 @@ class OutputRecipe(_Strict):
     Attributes:
         format: a LoRA `adapter`, or a `full` checkpoint with the base's weights in it.
         rank: of an adapter merged in `weights` space; by default the sum of the specialists' ranks, which is
-            exact for `linear` and `task_arithmetic` with layer-wise or fixed coefficients.
+            exact for `linear`, `task_arithmetic` and methods that match inputs, with layer-wise or fixed coefficients.
         dtype: of the merged tensors; by default float32 for an adapter and the base's own for a full checkpoint.
         signals: also write `signals.safetensors`: pooled embeddings, directions, gradient scores and
             element-wise coefficients. As large as the merged deltas, times the number of specialists.

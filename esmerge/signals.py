@@ -133,6 +133,7 @@ def embedding_signals(
         for number, layer in enumerate(backbone.iterate_layers()):
             last = number == backbone.num_layers - 1
             norm = backbone.final_norm()[1] if last else nn.Identity()
+            far = partial(_distance, norm=norm, distance=settings.distance)
             with torch.no_grad():
                 for index, batch in enumerate(batches):
                     base_states[index] = run_layer(layer, base_states[index], batch.arguments[number])
@@ -147,7 +148,6 @@ def embedding_signals(
                 gradients = _make_gradients(settings.scores, deltas[i], touched, layer)
                 reading = _Reading(layer, touched, own, settings.inputs)
                 with attached(norm, specialist.norm_deltas() if last else {}), reading:
-                    far = partial(_distance, norm=norm, distance=settings.distance)
                     _advance(layer, number, batches, states[i], gradients, targets, far, measured, reading)
                 for positions, found in reading.spooled(scratch).items():
                     for name, inputs in found.items():

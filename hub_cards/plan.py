@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from huggingface_hub import RepoFile
 
+from esmerge.errors import some_of
 from esmerge.results import RECORD_FILE
 from hub_cards.contents import Upload, is_of_a_model
 
@@ -88,8 +89,7 @@ class Plan:
         lost = [path for path in (*(upload.path for upload in self.changed), *self.removed) if is_of_a_model(path)]
         if not lost:
             return None
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        return f"{self.destination.repo_id} holds another model, whose files this replaces: {lost[0]}{more}"
+        return f"{self.destination.repo_id} holds another model, whose files this replaces: {some_of(lost, 1)}"
 
     def __str__(self) -> str:
         """For people: a line per file, then what it is all about."""

@@ -247,12 +247,11 @@ def _fit(
     options = ("learning_rate", "encoder_learning_rate", "warmup_share", "weight_decay")
     module = JudgedFinetuning(model, recipe.seed, data.steps, **{option: getattr(recipe, option) for option in options})
     last = None if interrupted is None else interrupted / _CHECKPOINTS / "last.ckpt"
-    if last is not None and last.exists():
+    last = last if last is not None and last.exists() else None
+    if last is not None:
         _check_readable(last)
     with quiet_lightning():
-        trainer.fit(
-            module, datamodule=data, ckpt_path=last if last is not None and last.exists() else None, weights_only=True
-        )
+        trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     return module, processor
 
 

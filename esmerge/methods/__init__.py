@@ -1,7 +1,8 @@
 """Merging methods: pure functions on a stack of deltas with broadcastable weights.
 
 Every method is `method(deltas, weights, *, parameters) -> merged delta`: S float32 tensors of one shape, and weights
-[S, ...] that broadcast against their stack: one number per specialist, or one per element. A module is a family;
+[S, ...] that broadcast against their stack: one number per specialist, or (but for methods that match inputs) one per
+element. A module is a family;
 a function under `@merging_method` is known to recipes by its name, its keyword parameters by theirs.
 """
 

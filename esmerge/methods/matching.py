@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from esmerge.methods.arithmetic import scaled_sum
-from esmerge.methods.registry import Finite, merging_method
+from esmerge.methods.registry import Finite, MakeMatcher, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
 Tokens = Literal["own", "all"]
@@ -65,7 +65,7 @@ class Matching:
         # A feature that is always zero tells nothing; any number keeps its column of the result zero.
         remainder = torch.where(remainder > 0, remainder, 1.0)
         width, count = len(remainder), sum(map(len, inputs))
-        roots = [(shrink * scale) ** 0.5 for scale in scales]
+        roots = _roots(scales, shrink)
         if count < width:
             system = torch.eye(count, dtype=torch.float64, device=remainder.device)
             for start in range(0, width, _COLUMNS):
@@ -95,7 +95,7 @@ class Matching:
         if len(self.factor) == len(self.remainder):
             return torch.cholesky_solve(rows.T, self.factor).T
         divided = rows / self.remainder
-        roots = [(self.shrink * scale) ** 0.5 for scale in self.scales]
+        roots = _roots(self.scales, self.shrink)
         right = torch.zeros(len(self.factor), len(rows), dtype=torch.float64, device=rows.device)
         spans = [slice(start, start + _COLUMNS) for start in range(0, rows.shape[1], _COLUMNS)]
         for span in spans:
@@ -114,6 +114,11 @@ class Matching:
         return self.solve(total).to(rows[0].dtype)
 
 
+def _roots(scales: Sequence[float], shrink: float) -> list[float]:
+    """What inputs are multiplied by, so that their products are what G_i shares with them."""
+    return [(shrink * scale) ** 0.5 for scale in scales]
+
+
 def _squared_norms(x: Tensor) -> Tensor:
     """Of the columns, float64 [in]."""
     parts = [x[:, start : start + _COLUMNS].double().square().sum(dim=0) for start in range(0, x.shape[1], _COLUMNS)]
@@ -127,6 +132,19 @@ def _stacked(inputs: Sequence[Tensor], roots: Sequence[float], span: slice) -> T
 def averaged(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: float = 1.0) -> Tensor:
     """The weighted mean, for what is no linear layer's weight."""
     return scaled_sum(deltas, weights, normalize=True, lambda_=lambda_)
+
+
+def _matched(
+    match: MakeMatcher,
+    deltas: Sequence[Tensor],
+    weights: Tensor,
+    inputs: Sequence[Tensor] | None,
+    shrink: float,
+    lambda_: float,
+) -> Tensor:
+    if inputs is None:
+        return averaged(deltas, weights, lambda_=lambda_)
+    return match(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)
 
 
 _SAME_SIZE = partial(Matching.of, trace=True)
@@ -157,9 +175,7 @@ def embedding_matching(
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
     """
-    if inputs is None:
-        return averaged(deltas, weights, lambda_=lambda_)
-    return _SAME_SIZE(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)
+    return _matched(_SAME_SIZE, deltas, weights, inputs, shrink, lambda_)
 
 
 @merging_method(combine=averaged, match=_AS_THEY_ARE)
@@ -179,6 +195,4 @@ def regmean(
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
     """
-    if inputs is None:
-        return averaged(deltas, weights, lambda_=lambda_)
-    return _AS_THEY_ARE(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)
+    return _matched(_AS_THEY_ARE, deltas, weights, inputs, shrink, lambda_)
