@@ -179,13 +179,15 @@ def _check_encoder(plan: "Plan", name: str, encoder: SpecialistEncoder, hidden_s
             f"{encoder.checkpoint.info(tensor).file}: {tensor} makes soft tokens of size {width}, the base "
             f"{plan.base.reference} has hidden_size {hidden_size}: {name} was trained with another base."
         )
+    shapes = {key: shape for key, (_, shape) in encoder.layout.items()}
+    if shapes == encoder.modality.known_shapes(hidden_size):
+        return
     try:
         built = empty_encoder(encoder.modality, hidden_size)
     except MissingPackageError:
         if plan.encodes:
             raise
         return
-    shapes = {key: shape for key, (_, shape) in encoder.layout.items()}
     check_shapes(encoder.modality, built, hidden_size, shapes, f"the encoder of {name} in {encoder.place}")
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ def read_coefficients(folder: Path) -> StoredCoefficients:
         return StoredCoefficients({name: checkpoint.read(name) for name in checkpoint}, specialists, modalities)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = ("torch", "transformers", "safetensors", "tokenizers")

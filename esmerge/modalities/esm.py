@@ -141,6 +141,36 @@ class EsmModality(Modality):
         precision = next(iter(precisions), self.frequencies)
         return kept, {} if precision == self.frequencies else {"frequencies": precision}
 
+    def known_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]] | None:
+        """Those of ESM-2 (rotary positions, one norm at the end), whose model takes longer to import than to merge."""
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        width, inner, layers, heads = (self.encoder.get(name) for name in sizes)
+        if not (
+            isinstance(width, int) and isinstance(inner, int) and isinstance(layers, int) and isinstance(heads, int)
+        ):
+            return None
+        is_esm2 = self.encoder.get("position_embedding_type") == "rotary" and not self.encoder.get(
+            "emb_layer_norm_before"
+        )
+        if not is_esm2 or min(width, inner, layers, heads) < 1 or width % heads:
+            return None
+        linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
+        linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
+        linear |= {"output.dense": (width, inner)}
+        modules: dict[str, tuple[int, ...]] = {}
+        for layer in range(layers):
+            prefix = f"encoder.encoder.layer.{layer}."
+            modules |= {prefix + name: shape for name, shape in linear.items()}
+            modules |= {prefix + name: (width,) for name in ("attention.LayerNorm", "LayerNorm")}
+        modules["encoder.encoder.emb_layer_norm_after"] = (width,)
+        modules["encoder.contact_head.regression"] = (1, layers * heads)
+        projector, size = "projector.", self.intermediate_size
+        modules |= {projector + "fc1": (size, width), projector + "fc2": (hidden_size, size)}
+        modules |= {projector + "ln1": (size,), projector + "ln2": (hidden_size,)}
+        shapes = {f"{name}.weight": shape for name, shape in modules.items()}
+        shapes |= {f"{name}.bias": shape[:1] for name, shape in modules.items()}
+        return {**shapes, "encoder.embeddings.word_embeddings.weight": (self.encoder["vocab_size"], width)}
+
     def build(self, hidden_size: int) -> "EsmEncoder":
         return EsmEncoder(self, hidden_size)
 

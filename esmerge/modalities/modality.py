@@ -82,6 +82,13 @@ class Modality(BaseModel, ABC):
     def build(self, hidden_size: int) -> "Encoder":
         """A new encoder for an LLM with that hidden size, with fresh weights."""
 
+    def known_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]] | None:
+        """The shapes of an encoder's tensors by name, where they are known without what `build` needs; by default not.
+
+        Tensors of these shapes are taken for the encoder's; those of any others are compared with what `build` makes.
+        """
+        return None
+
     def projection(self, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int] | None:
         """The tensor of the encoder that makes soft tokens, and their width; None where shapes do not tell.
 

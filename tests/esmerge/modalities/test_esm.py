@@ -249,3 +249,18 @@ def test_weights_that_are_missing_or_pickled(esm_settings, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match="pickle"):
         load_encoder(modality, tmp_path, 16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}])
+def test_known_shapes_are_those_of_the_encoder(esm_settings, changes):
+    modality = modality_from_settings({**esm_settings, "encoder": {**esm_settings["encoder"], **changes}}, "the test")
+    built = modality.build(hidden_size=20).state_dict()
+    assert modality.known_shapes(20) == {name: tuple(tensor.shape) for name, tensor in built.items()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"position_embedding_type": "absolute"}, {"emb_layer_norm_before": True}, {"num_attention_heads": 5}]
+)
+def test_shapes_of_other_models_than_esm2_are_not_known(esm_settings, changes):
+    modality = modality_from_settings({**esm_settings, "encoder": {**esm_settings["encoder"], **changes}}, "the test")
+    assert modality.known_shapes(20) is None
