@@ -11,7 +11,6 @@ from torch import Tensor
 from esmerge.methods.arithmetic import scaled_sum
 from esmerge.methods.registry import Finite, Fraction, Sparsifier, merging_method
 from esmerge.methods.sparsify import (
-    CACHE_ELEMENTS,
     check_probabilities,
     keep_largest,
     keep_middle,
@@ -19,6 +18,8 @@ from esmerge.methods.sparsify import (
     keep_random_by_magnitude,
 )
 
+# All that one result needs of so many elements stays in a core's cache.
+_CHUNK = 1 << 16
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,14 +34,14 @@ def elected_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = 
         normalize: divide each element by the sum of the weights that took part in it.
         lambda_: scale of the result.
     """
-    add = _agreeing_mean if normalize else _agreeing_sum
     shape, scalar = deltas[0].shape, weights[0].numel() == 1
     whole: _Weights = weights.flatten().tolist() if scalar else weights
-    if deltas[0].numel() <= CACHE_ELEMENTS:
+    add = _agreeing_mean if normalize else _agreeing_sum
+    if deltas[0].numel() <= _CHUNK:
         merged = add(whole, deltas)
     else:
         flat = [delta.reshape(-1) for delta in deltas]
-        spans = [slice(start, start + CACHE_ELEMENTS) for start in range(0, len(flat[0]), CACHE_ELEMENTS)]
+        spans = [slice(start, start + _CHUNK) for start in range(0, len(flat[0]), _CHUNK)]
         rows = weights if scalar else weights.expand(-1, *shape).reshape(len(deltas), -1)
         parts = [add(whole if scalar else rows[:, span], [delta[span] for delta in flat]) for span in spans]
         merged = torch.cat(parts).reshape(shape)
@@ -67,6 +68,8 @@ def _agreeing_sum(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
 
 def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
     """The same sum, divided by the sum of the weights that took part in it."""
+    if not isinstance(weights, Tensor) and min(weights) > 0:
+        return _agreeing_mean_of_positive(weights, deltas)
     weighted = [delta.mul_(weight) for weight, delta in zip(weights, deltas, strict=True)]
     total = weighted[0].clone()
     for part in weighted[1:]:
@@ -81,6 +84,27 @@ def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
         _add_product(divisor, agreeing.sign_(), weight)
     # Where nothing took part both are zero; 1 keeps that, and lets NaN from the inputs through.
     return total.mul_(sign).div_(divisor.add_(1 - divisor.sign().abs_()))
+
+
+def _agreeing_mean_of_positive(weights: Sequence[float], deltas: Sequence[Tensor]) -> Tensor:
+    """The same for weights that are positive numbers, with fewer passes over memory."""
+    # Equal weights change no sign. Others are multiplied by before anything is added: what cancels out must be zero.
+    parts = (
+        deltas if len(set(weights)) == 1 else [delta * weight for weight, delta in zip(weights, deltas, strict=True)]
+    )
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    signs = _sign_bits(total)
+    sign = _set_bits(torch.ones_like(total), signs)
+    total.zero_()
+    divisor = torch.zeros_like(total)
+    for weight, delta in zip(weights, deltas, strict=True):
+        agreeing = delta.mul_(sign).relu_()
+        total.add_(agreeing, alpha=weight)
+        divisor.add_(agreeing.sign_(), alpha=weight)
+    # Where nothing took part both are zero: a number below all others keeps that.
+    return _set_bits(total.div_(divisor.clamp_min_(0.5 * min(weights))), signs)
 
 
 def _add_product(total: Tensor, values: Tensor, weight: float | Tensor) -> None:
