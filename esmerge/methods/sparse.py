@@ -11,6 +11,7 @@ from torch import Tensor
 from esmerge.methods.arithmetic import scaled_sum
 from esmerge.methods.registry import Finite, Fraction, Sparsifier, merging_method
 from esmerge.methods.sparsify import (
+    CACHE_ELEMENTS,
     check_probabilities,
     keep_largest,
     keep_middle,
@@ -18,8 +19,6 @@ from esmerge.methods.sparsify import (
     keep_random_by_magnitude,
 )
 
-# All that one result needs of so many elements stays in a core's cache.
-_CHUNK = 1 << 16
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,11 +36,11 @@ def elected_sum(deltas: Sequence[Tensor], weights: Tensor, *, normalize: bool = 
     shape, scalar = deltas[0].shape, weights[0].numel() == 1
     whole: _Weights = weights.flatten().tolist() if scalar else weights
     add = _agreeing_mean if normalize else _agreeing_sum
-    if deltas[0].numel() <= _CHUNK:
+    if deltas[0].numel() <= CACHE_ELEMENTS:
         merged = add(whole, deltas)
     else:
         flat = [delta.reshape(-1) for delta in deltas]
-        spans = [slice(start, start + _CHUNK) for start in range(0, len(flat[0]), _CHUNK)]
+        spans = [slice(start, start + CACHE_ELEMENTS) for start in range(0, len(flat[0]), CACHE_ELEMENTS)]
         rows = weights if scalar else weights.expand(-1, *shape).reshape(len(deltas), -1)
         parts = [add(whole if scalar else rows[:, span], [delta[span] for delta in flat]) for span in spans]
         merged = torch.cat(parts).reshape(shape)

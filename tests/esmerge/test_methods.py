@@ -276,7 +276,7 @@ class TestBlocks:
     def small_blocks(self, monkeypatch):
         def shrink():
             monkeypatch.setattr("esmerge.scores.BLOCK_ELEMENTS", 100)
-            monkeypatch.setattr("esmerge.methods.sparse._CHUNK", 60)
+            monkeypatch.setattr("esmerge.methods.sparse.CACHE_ELEMENTS", 60)
             monkeypatch.setattr("esmerge.methods.sparsify.CACHE_ELEMENTS", 60)
 
         return shrink
