@@ -1,6 +1,6 @@
 """Trains the three specialists: a LoRA adapter of the base for each modality's task, and the modality's encoder.
 
-    python -m benchmarks.testbed.train [--modality molecule|protein|cell] [--output FOLDER]
+    python -m benchmarks.testbed.train [--modality molecule|protein|cell] [--seed N] [--output FOLDER]
 
 The same seed and versions give the same bits, whatever the number of cores.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=list(MODALITIES))
     parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--seed", type=int, help="in place of the plan's")
     options = parser.parse_args()
     for modality in options.modality:
         folder = options.output / modality
         if folder.exists():
             raise InputError(f"{folder} exists: remove it, or choose another --output.")
+        plan = PLANS[modality]
+        if options.seed is not None:
+            plan = replace(plan, seed=options.seed)
         with building(folder) as temporary:
-            train(base_model_folder(), load_task(modality), PLANS[modality], temporary)
+            train(base_model_folder(), load_task(modality), plan, temporary)
         print(folder)
 
 
