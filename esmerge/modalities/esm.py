@@ -143,16 +143,20 @@ class EsmModality(Modality):
 
     def known_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]] | None:
         """Those of ESM-2 (rotary positions, one norm at the end), whose model takes longer to import than to merge."""
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        width, inner, layers, heads = (self.encoder.get(name) for name in sizes)
-        if not (
-            isinstance(width, int) and isinstance(inner, int) and isinstance(layers, int) and isinstance(heads, int)
-        ):
-            return None
-        is_esm2 = self.encoder.get("position_embedding_type") == "rotary" and not self.encoder.get(
-            "emb_layer_norm_before"
+        config = self.encoder
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = [config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0]
+        numbers = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "max_position_embeddings")
+        is_esm2 = (
+            config.get("position_embedding_type") == "rotary"
+            and not config.get("emb_layer_norm_before")
+            and config.get("hidden_act", "gelu") == "gelu"
+            and all(isinstance(config.get(name, 0), int | float) for name in numbers)
         )
-        if not is_esm2 or min(width, inner, layers, heads) < 1 or width % heads:
+        if not is_esm2 or len(sizes) < len(names):
+            return None
+        width, inner, layers, heads = sizes
+        if width % heads:
             return None
         linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
         linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}

@@ -259,7 +259,14 @@ def test_known_shapes_are_those_of_the_encoder(esm_settings, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"position_embedding_type": "absolute"}, {"emb_layer_norm_before": True}, {"num_attention_heads": 5}]
+    "changes",
+    [
+        {"position_embedding_type": "absolute"},
+        {"emb_layer_norm_before": True},
+        {"num_attention_heads": 5},
+        {"hidden_act": "nonsense"},
+        {"hidden_dropout_prob": "much"},
+    ],
 )
 def test_shapes_of_other_models_than_esm2_are_not_known(esm_settings, changes):
     modality = modality_from_settings({**esm_settings, "encoder": {**esm_settings["encoder"], **changes}}, "the test")
