@@ -267,13 +267,11 @@ def merged_blocks(
     """
     method, parameters = merger.method, dict(merger.parameters)
     base: Tensor | None
-    if method.match is not None and _is_low_rank(stream):
-        factors = _factors_of_sum(merger, name, layer, stream)
-        if factors is not None:
-            b, a = torch.cat(factors[0], dim=1), torch.cat(factors[1])
-            for start, stop in stream.spans:
-                yield start, stop, b[start:stop] @ a, None
-            return
+    if method.match is not None and (pairs := _factors_of_sum(merger, name, layer, stream)) is not None:
+        b, a = torch.cat(pairs[0], dim=1), torch.cat(pairs[1])
+        for start, stop in stream.spans:
+            yield start, stop, b[start:stop] @ a, None
+        return
     if (matcher := merger.matcher(name, layer, stream.device)) is not None:
         for start, stop in stream.spans:
             base = stream.base(start, stop)
@@ -424,25 +422,21 @@ def merge_low_rank(
     Exactly re-factored from the stacked factors where it is a sum of low-rank deltas, each times a number or, for
     methods that match inputs, a matrix; otherwise the leading singular triplets of the dense merged delta.
     """
-    if _is_low_rank(stream):
-        pairs = _factors_of_sum(merger, name, layer, stream)
-        if pairs is not None:
-            b, a, merger.kept_energy[name] = refactor(*pairs, rank)
-            return b, a
+    if (pairs := _factors_of_sum(merger, name, layer, stream)) is not None:
+        b, a, merger.kept_energy[name] = refactor(*pairs, rank)
+        return b, a
     merged = merge_dense(merger, name, layer, stream)
     u, s, vt = truncated_svd(merged, min(rank, *merged.shape))
     merger.kept_energy[name] = kept_energy(s, merged.square().sum(), rank)
     return balanced_factors(u, s, vt, rank)
 
 
-def _is_low_rank(stream: TensorStream) -> bool:
-    return all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas)
-
-
 def _factors_of_sum(
     merger: Merger, name: str, layer: int | None, stream: TensorStream
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Matrices B_i and A_i whose products add up to the merged delta of low-rank ones; None if there are none."""
+    """Matrices B_i and A_i whose products add up to the merged delta; None for deltas or methods without any."""
+    if not all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas):
+        return None
     matcher = merger.matcher(name, layer, stream.device)
     if matcher is None:
         weights = merger.sum_weights(name, layer)

@@ -2,8 +2,8 @@
 
 Every method is `method(deltas, weights, *, parameters) -> merged delta`: S float32 tensors of one shape, and weights
 [S, ...] that broadcast against their stack: one number per specialist, or (but for methods that match inputs) one per
-element. A module is a family;
-a function under `@merging_method` is known to recipes by its name, its keyword parameters by theirs.
+element. A module is a family; a function under `@merging_method` is known to recipes by its name, its keyword
+parameters by theirs.
 """
 
 from esmerge.methods.arithmetic import linear, task_arithmetic

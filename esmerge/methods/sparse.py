@@ -67,9 +67,11 @@ def _agreeing_sum(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
 
 def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
     """The same sum, divided by the sum of the weights that took part in it."""
-    if not isinstance(weights, Tensor) and min(weights) > 0:
-        return _agreeing_mean_of_positive(weights, deltas)
-    weighted = [delta.mul_(weight) for weight, delta in zip(weights, deltas, strict=True)]
+    are_positive = not isinstance(weights, Tensor) and min(weights) > 0
+    if are_positive and len(set(weights)) == 1:
+        weights, weighted = [1.0] * len(deltas), deltas  # equal ones cancel out
+    else:
+        weighted = [delta.mul_(weight) for weight, delta in zip(weights, deltas, strict=True)]
     total = weighted[0].clone()
     for part in weighted[1:]:
         total += part
@@ -81,29 +83,12 @@ def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
         agreeing = part.mul_(sign).relu_()  # what agrees is positive now
         total += agreeing
         _add_product(divisor, agreeing.sign_(), weight)
-    # Where nothing took part both are zero; 1 keeps that, and lets NaN from the inputs through.
-    return total.mul_(sign).div_(divisor.add_(1 - divisor.sign().abs_()))
-
-
-def _agreeing_mean_of_positive(weights: Sequence[float], deltas: Sequence[Tensor]) -> Tensor:
-    """The same for weights that are positive numbers, with fewer passes over memory."""
-    # Equal weights change no sign. Others are multiplied by before anything is added: what cancels out must be zero.
-    parts = (
-        deltas if len(set(weights)) == 1 else [delta * weight for weight, delta in zip(weights, deltas, strict=True)]
-    )
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    signs = _sign_bits(total)
-    sign = _set_bits(torch.ones_like(total), signs)
-    total.zero_()
-    divisor = torch.zeros_like(total)
-    for weight, delta in zip(weights, deltas, strict=True):
-        agreeing = delta.mul_(sign).relu_()
-        total.add_(agreeing, alpha=weight)
-        divisor.add_(agreeing.sign_(), alpha=weight)
-    # Where nothing took part both are zero: a number below all others keeps that.
-    return _set_bits(total.div_(divisor.clamp_min_(0.5 * min(weights))), signs)
+    # Where nothing took part both are zero; another divisor keeps that, and lets NaN from the inputs through.
+    if are_positive:
+        divisor.clamp_min_(min(weights))
+    else:
+        divisor.add_(1 - divisor.sign().abs_())
+    return _set_bits(total, signs).div_(divisor)
 
 
 def _add_product(total: Tensor, values: Tensor, weight: float | Tensor) -> None:
