@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench hub clean
+.PHONY: demo testbed test lint format bench hub clean
 
 demo: $(VENV)/ready
 	$(BIN)/esmerge demo -o demo
+
+# Hours on a few cores; what is done is kept, so it can be interrupted.
+testbed: $(VENV)/ready
+	$(BIN)/python -m benchmarks.testbed.study
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto

@@ -126,11 +126,11 @@ def specialists_table(folder: Path = FOLDER) -> str:
     return markdown_table(header, rows)
 
 
-def write_table(table: str, readme: Path) -> None:
+def write_table(table: str, readme: Path, begin: str = BEGIN, end: str = END) -> None:
     """Put a table between the marks in a file."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

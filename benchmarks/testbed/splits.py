@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
+Rows = list[dict[str, str]]
+Tables = dict[str, Rows]
 
 VALIDATION_SHARE = 0.08
 TEST_SHARE = 0.25
@@ -43,6 +45,22 @@ def stratified_order(identifiers: Sequence[str], labels: Sequence[str]) -> list[
         for rank, (fraction, index) in enumerate(sorted(members))
     ]
     return [index for _, index in sorted(places)]
+
+
+def rows_in_stratified_order(rows: Rows, label: str) -> Rows:
+    """Rows with an `id`, so that the first ones are a fair sample of all; `label` is the column that stratifies."""
+    order = stratified_order([row["id"] for row in rows], [row[label] for row in rows])
+    return [rows[place] for place in order]
+
+
+def with_shuffled_partners(tables: Tables, column: str) -> Tables:
+    """Each row with the value of another row of its split in a column, by a fixed random permutation."""
+    shuffled: Tables = {}
+    for split, rows in tables.items():
+        order = sorted(range(len(rows)), key=lambda place: stable_fraction(f"partner of {rows[place]['id']}"))
+        partner = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        shuffled[split] = [{**row, column: rows[partner[place]][column]} for place, row in enumerate(rows)]
+    return shuffled
 
 
 def cluster_sequences(sequences: Sequence[str], k: int = 3, overlap: float = 0.5) -> list[str]:

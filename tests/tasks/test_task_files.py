@@ -12,7 +12,7 @@ from lightning_modules.tasks import load_task, task_names
 CYP = ["cyp1a2_inhibition", "cyp2c9_inhibition", "cyp2c19_inhibition", "cyp2d6_inhibition", "cyp3a4_inhibition"]
 CYP += ["cyp2c9_substrate", "cyp2d6_substrate", "cyp3a4_substrate"]
 DRUG_TARGET = ["bindingdb", "biosnap", "human"]
-TESTBED = ["b3db", "antimicrobial", "tissue", "localisation", "gdsc2_mid_potency", "pydta", "kiba"]
+TESTBED = ["b3db", "antimicrobial", "tissue", "cell_sensitivity", "localisation", "gdsc2_mid_potency", "pydta", "kiba"]
 SMILES = ["CCO", "CCN", "CCS", "c1ccccc1", "Cc1ccccc1", "CC(=O)O", "C1CCNCC1", "C#N", "CCCO"]
 
 
@@ -109,7 +109,7 @@ def test_testbed_tasks_ask_what_the_specialists_were_trained_on(name, modality):
             assert text == trained.prompt(example)
 
 
-@pytest.mark.parametrize("name", ["localisation", "gdsc2_mid_potency", "pydta", "kiba"])
+@pytest.mark.parametrize("name", ["localisation", "cell_sensitivity", "gdsc2_mid_potency", "pydta", "kiba"])
 def test_testbed_tables(name):
     task = load_task(name)
     splits = ("train", "validation", "test")

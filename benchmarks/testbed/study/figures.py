@@ -1,0 +1,77 @@
+"""The study's figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from benchmarks.testbed.study.statistics import half_width
+
+# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_SIGNALS, _OTHERS, _REFERENCES = "#D55E00", "#0072B2", "#7f7f7f"
+
+
+def score_figure(values: Mapping[str, Sequence[float]], signals: Sequence[str], references: Sequence[str]) -> Figure:
+    """Mean and interval over seeds of every row.
+
+    Args:
+        values: title of a row -> a score for each seed.
+        signals: titles of the rows that use embedding signals.
+        references: titles of rows that are no merges.
+    """
+    order = sorted(values, key=lambda title: fmean(values[title]))
+    figure = Figure(figsize=(7, 0.28 * len(order) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, title in enumerate(order):
+        own = values[title]
+        color = _SIGNALS if title in signals else _REFERENCES if title in references else _OTHERS
+        error = half_width(own) if len(own) > 1 else 0.0
+        axes.errorbar(fmean(own), place, xerr=error, color=color, fmt="none", linewidth=1, alpha=0.5)
+        axes.plot(fmean(own), place, "o", color=color)
+        axes.plot(own, [place] * len(own), ".", color=color, alpha=0.5)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("mean score on test data, with the 95 % interval over seeds")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def runtime_figure(seconds: Mapping[str, Sequence[float]], signals: Sequence[str]) -> Figure:
+    """How long merging takes with every row."""
+    order = sorted(seconds, key=lambda title: fmean(seconds[title]))
+    figure = Figure(figsize=(7, 0.28 * len(order) + 1), layout="constrained")
+    axes = figure.subplots()
+    colors = [_SIGNALS if title in signals else _OTHERS for title in order]
+    axes.barh(range(len(order)), [fmean(seconds[title]) for title in order], color=colors)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("seconds to merge on one core, probe included")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def line_figure(lines: Mapping[str, Mapping[float, float]], label: str) -> Figure:
+    """Validation scores over a setting, on a logarithmic axis.
+
+    Args:
+        lines: title -> value of the setting -> score.
+        label: the setting.
+    """
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for title, own in lines.items():
+        axes.plot(list(own), list(own.values()), "o-", label=title)
+    axes.set_xscale("log")
+    ticks = sorted({value for own in lines.values() for value in own})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.set_ylabel("mean score on validation data")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """As PNG, the same bytes for the same figure."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})

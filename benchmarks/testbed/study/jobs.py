@@ -1,0 +1,170 @@
+"""The study as jobs: each leaves one result that is kept, and says which others it needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.testbed.data import MODALITIES, Modality
+from benchmarks.testbed.study.merges import merged
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.rows import PUBLISHED, PUBLISHED_VARIANT, ROWS, row
+from benchmarks.testbed.study.scoring import (
+    CHOICE_FILE,
+    CHOOSING_SEED,
+    MERGE_FILE,
+    choose,
+    chosen_variant,
+    score_on_test,
+    score_probe_size,
+    score_row,
+)
+from benchmarks.testbed.study.specialists import (
+    RANK,
+    SEEDS,
+    joint_recipe,
+    training_recipe,
+    tuning_recipe,
+    write_recipe,
+    write_untrained,
+)
+from benchmarks.testbed.study.tasks import TASKS, write_tasks
+from lightning_modules.evaluation_results import results_file
+from lightning_modules.finetune import finetune
+from lightning_modules.finetune_recipe import load_finetuning_recipe
+from lightning_modules.running import Devices
+
+BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
+# Whether a row composes what it knows about both partners is asked of these.
+_CONTROLLED = ("uniform", "es_both_factors", "embedding_matching")
+
+PROBE_SIZES = (8, 32, 100, 330)
+MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, "embedding_matching": "shrink_0.9-lambda_1.25"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work in a process of its own.
+
+    Attributes:
+        name: what it makes.
+        result: the file or folder that is there when it is done.
+        run: does it.
+        needs: names of the jobs whose results it takes.
+    """
+
+    name: str
+    result: Path
+    run: Callable[[], None]
+    needs: tuple[str, ...] = ()
+
+
+def all_jobs(places: Places, base: Path) -> dict[str, Job]:
+    """All jobs by name, in the order in which they are best done: what one seed tells comes before the next seed."""
+    jobs: list[Job] = []
+    for seed in SEEDS:
+        jobs += _of_seed(places, base, seed)
+    jobs += _probe_sizes(places, base)
+    return {job.name: job for job in jobs}
+
+
+def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
+    trained = [_training(places, base, seed, modality) for modality in MODALITIES]
+    specialists = tuple(job.name for job in trained)
+    jobs = trained
+    if seed == CHOOSING_SEED:
+        jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
+        for own in ROWS:
+            if len(own.variants) > 1:
+                file = places.validation(own.name) / CHOICE_FILE
+                jobs.append(Job(f"choice/{own.name}", file, partial(choose, places, base, own), specialists))
+    for modality in MODALITIES:
+        model = places.model(seed, modality)
+        jobs.append(
+            _test(places, model, f"{seed}/{modality}", places.test(seed, modality), (f"{modality}-{seed}",), base)
+        )
+    for own in ROWS:
+        needs = (*specialists, f"choice/{own.name}") if len(own.variants) > 1 else specialists
+        jobs.append(_test_of_row(places, base, seed, own.name, None, own.name, needs))
+    jobs.append(_test_of_row(places, base, seed, PUBLISHED, PUBLISHED_VARIANT, AS_PUBLISHED, specialists))
+    jobs += _trained_baselines(places, base, seed, specialists)
+    return jobs
+
+
+def _test_of_row(
+    places: Places, base: Path, seed: int, name: str, variant: str | None, output: str, needs: tuple[str, ...]
+) -> Job:
+    own = row(name)
+
+    def run() -> None:
+        write_tasks(places.tasks())
+        chosen = variant or chosen_variant(places, own)
+        score_row(places, base, seed, own, chosen, places.test(seed, output), control=output in _CONTROLLED)
+
+    return Job(f"test/{seed}/{output}", places.test(seed, output) / MERGE_FILE, run, needs)
+
+
+def _test(
+    places: Places, model: Path, name: str, output: Path, needs: tuple[str, ...], base: Path | None = None
+) -> Job:
+    """Of a model that is no merge of a row."""
+
+    def run() -> None:
+        write_tasks(places.tasks())
+        score_on_test(places, model, base or model, output, control=False)
+
+    last = max(TASKS, key=lambda task: task.test).name
+    return Job(f"test/{name}", results_file(output, last), run, needs)
+
+
+def _training(places: Places, base: Path, seed: int, modality: Modality) -> Job:
+    def run() -> None:
+        untrained = places.untrained(seed, modality)
+        if not untrained.exists():
+            write_untrained(base, (modality,), seed, untrained)
+        _train(places, seed, modality, training_recipe(base, modality, seed, untrained))
+
+    return Job(f"{modality}-{seed}", places.model(seed, modality), run)
+
+
+def _trained_baselines(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) -> list[Job]:
+    def train_jointly() -> None:
+        untrained = places.untrained(seed, JOINT)
+        if not untrained.exists():
+            write_untrained(base, MODALITIES, seed, untrained)
+        _train(places, seed, JOINT, joint_recipe(base, seed, untrained))
+
+    def tune() -> None:
+        average = row("uniform")
+        output = {"format": "adapter", "rank": RANK * len(MODALITIES)}
+        with merged(places, base, seed, average, "only", output) as (model, _):
+            start = places.untrained(seed, TUNED)
+            if not start.exists():
+                start.parent.mkdir(parents=True, exist_ok=True)
+                model.rename(start)
+        _train(places, seed, TUNED, tuning_recipe(base, seed, start))
+
+    jobs = []
+    for name, run, needs in ((JOINT, train_jointly, ()), (TUNED, tune, specialists)):
+        model = places.model(seed, name)
+        jobs.append(Job(f"{name}-{seed}", model, run, needs))
+        jobs.append(_test(places, model, f"{seed}/{name}", places.test(seed, name), (f"{name}-{seed}",), base))
+    return jobs
+
+
+def _probe_sizes(places: Places, base: Path) -> list[Job]:
+    jobs = []
+    for name, variant in MEASURED_BY_PROBE_SIZE.items():
+        for samples in PROBE_SIZES:
+            file = places.probe_size(name, samples) / CHOICE_FILE
+            run = partial(score_probe_size, places, base, row(name), variant, samples)
+            needs = tuple(f"{modality}-{CHOOSING_SEED}" for modality in MODALITIES)
+            jobs.append(Job(f"probe-size/{name}/{samples}", file, run, needs))
+    return jobs
+
+
+def _train(places: Places, seed: int, name: str, recipe: dict[str, Any]) -> None:
+    file = places.recipe(seed, name)
+    write_recipe(recipe, file)
+    finetune(load_finetuning_recipe(file), places.model(seed, name), Devices(), resume=True, progress=False)

@@ -1,0 +1,80 @@
+"""Merging the study's specialists: the probe, the recipe, and every setting of a row."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.testbed.data import MODALITIES, load_task
+from benchmarks.testbed.demo import PROBE_TEMPLATE
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.rows import Row, Variant
+from esmerge.pipeline import compare, merge
+from esmerge.recipe import Recipe
+
+PROBE_SAMPLES = 32
+
+
+def write_probe(folder: Path, samples: int) -> None:
+    """Items that the specialists were trained on: a probe needs no labels, and held-out data stays untouched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for modality in MODALITIES:
+        items = [example.item for example in load_task(modality).examples["train"][:samples]]
+        (folder / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
+
+
+def recipe_of(
+    places: Places, base: Path, seed: int, row: Row, variant: Variant, output: Mapping[str, Any], samples: int
+) -> Recipe:
+    """The recipe of a row's setting."""
+    fields: dict[str, Any] = {
+        "base": str(base),
+        "specialists": {modality: {"model": str(places.model(seed, modality))} for modality in MODALITIES},
+        "space": row.space,
+        "output": dict(output),
+        "seed": seed,
+        **variant,
+    }
+    if row.probed:
+        probe = places.probe(samples)
+        if not probe.exists():
+            write_probe(probe, samples)
+        data = {modality: str(probe / f"{modality}.txt") for modality in MODALITIES}
+        fields["probe"] = {"samples": samples, "template": PROBE_TEMPLATE, "data": data}
+    return Recipe.model_validate(fields)
+
+
+# Whole in float32, so that neither a rank nor rounding takes anything from a method.
+EXACT = {"format": "full", "dtype": "float32"}
+
+
+@contextmanager
+def merged_in_all_ways(
+    places: Places, base: Path, seed: int, row: Row, samples: int = PROBE_SAMPLES
+) -> Iterator[dict[str, Path]]:
+    """Yields the merged models of a row's settings by name, which are gone afterwards."""
+    recipe = recipe_of(places, base, seed, row, next(iter(row.variants.values())), EXACT, samples)
+    with TemporaryDirectory(prefix=f"{row.name}-", dir=places.root) as folder:
+        output = Path(folder) / "merged"
+        compare(recipe, row.variants, output, progress=False)
+        yield {name: output / name for name in row.variants}
+
+
+@contextmanager
+def merged(
+    places: Places,
+    base: Path,
+    seed: int,
+    row: Row,
+    variant: str,
+    output: Mapping[str, Any] = EXACT,
+    samples: int = PROBE_SAMPLES,
+) -> Iterator[tuple[Path, float]]:
+    """Yields one merged model, which is gone afterwards, and how many seconds merging took."""
+    recipe = recipe_of(places, base, seed, row, row.variants[variant], output, samples)
+    with TemporaryDirectory(prefix=f"{row.name}-", dir=places.root) as folder:
+        started = time.perf_counter()
+        merge(recipe, Path(folder) / row.name, progress=False)
+        yield Path(folder) / row.name, time.perf_counter() - started

@@ -1,0 +1,203 @@
+"""The study's part of the testbed's README: tables and figures from result files, nothing typed.
+
+    python -m benchmarks.testbed.study.page
+
+What is not there yet is shown as a dash.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.testbed.data import MODALITIES
+from benchmarks.testbed.report import write_table
+from benchmarks.testbed.results_table import markdown_table
+from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
+from benchmarks.testbed.study.figures import line_figure, runtime_figure, save, score_figure
+from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
+from benchmarks.testbed.study.rows import ROWS
+from benchmarks.testbed.study.scoring import CHOOSING_SEED
+from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
+from benchmarks.testbed.study.tasks import TASKS
+from esmerge.figures import draw_figures
+from esmerge.results import read_coefficients
+
+README = Path(__file__).parent.parent / "README.md"
+FIGURES = Path(__file__).parent / "figures"
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+NOTHING = "-"
+
+REFERENCES: dict[str, str] = {BASE: "base", **{m: f"{m} specialist" for m in MODALITIES}}
+TRAINED = {TUNED: "average + fine-tuning", JOINT: "jointly trained LoRA"}
+TITLES: dict[str, str] = {
+    **REFERENCES,
+    **{row.name: row.title for row in ROWS},
+    AS_PUBLISHED: "ES as published",
+    **TRAINED,
+}
+SIGNALS = [*(row.name for row in ROWS if row.signals), AS_PUBLISHED]
+MERGES = [*(row.name for row in ROWS), AS_PUBLISHED]
+
+
+def scores_table(found: Found) -> str:
+    """Every row: each task's mean over seeds, and the means with their intervals."""
+    header = [
+        "row",
+        *(f"{task.title}" for task in TASKS),
+        "kept of the specialists'",
+        "cross-modality",
+        "overall",
+        "seeds",
+    ]
+    rows = []
+    for name, title in TITLES.items():
+        seeds = found.scores.get(name, {})
+        if not seeds:
+            rows.append([title, *[NOTHING] * (len(header) - 2), "0"])
+            continue
+        tasks = [f"{fmean(own[task.name] for own in seeds.values()):.3f}" for task in TASKS]
+        kept = [preservation(own, s) for seed, own in seeds.items() if (s := specialists(found, seed))]
+        means = [_with_interval(values) for values in (kept, _map(cross, seeds), _map(overall, seeds))]
+        rows.append([title, *tasks, *means, str(len(seeds))])
+    return markdown_table(header, rows)
+
+
+def specialists(found: Found, seed: int) -> dict[str, Scores]:
+    """The scores of a seed's specialists; empty if one is missing."""
+    own = {name: found.scores.get(name, {}).get(seed) for name in MODALITIES}
+    return {name: scores for name, scores in own.items() if scores} if all(own.values()) else {}
+
+
+def _map(function: object, seeds: dict[int, Scores]) -> list[float]:
+    assert callable(function)
+    return [function(own) for own in seeds.values()]
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return NOTHING
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{fmean(values):.3f} ± {half_width(values):.3f}"
+
+
+def paired_table(found: Found, reference: str) -> str:
+    """The difference of a row from every other merge, over the seeds and tasks that both have."""
+    counted = [task.name for task in TASKS if task.counts]
+    ours = found.scores.get(reference, {})
+    rows = []
+    for name in [*MERGES, *TRAINED]:
+        theirs = found.scores.get(name, {})
+        common = [seed for seed in ours if seed in theirs]
+        if name == reference or not common:
+            continue
+        differences = [ours[seed][task] - theirs[seed][task] for seed in common for task in counted]
+        better = sum(difference > 0 for difference in differences)
+        p_value = sign_flip_p_value(differences)
+        shown = "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+        rows.append([TITLES[name], f"{fmean(differences):+.3f}", f"{better} of {len(differences)}", shown])
+    return markdown_table([f"{TITLES[reference]} minus", "mean difference", "better", "p"], rows) if rows else NOTHING
+
+
+def choices_table(found: Found) -> str:
+    """Every setting of every row with its score on validation data; the chosen one in bold."""
+    rows = []
+    for row in ROWS:
+        scores = found.choices.get(row.name)
+        if len(row.variants) == 1:
+            continue
+        if scores is None:
+            rows.append([row.title, NOTHING])
+            continue
+        best = max(scores, key=scores.__getitem__)
+        shown = [f"{_readable(name)}: {score:.3f}" for name, score in scores.items()]
+        marked = [f"**{text}**" if name == best else text for name, text in zip(scores, shown, strict=True)]
+        rows.append([row.title, "; ".join(marked)])
+    return markdown_table(["row", "mean score on validation data"], rows)
+
+
+def _readable(variant: str) -> str:
+    return re.sub(r"([a-z])_([\d.]+)", r"\1 \2", variant).replace("-", ", ")
+
+
+def control_table(found: Found) -> str:
+    """What is left with shuffled partners, and what main effects alone would give."""
+    controlled = [task for task in TASKS if task.control]
+    header = ["", *(text for task in controlled for text in (task.title, f"{task.title}, shuffled"))]
+    rows = []
+    for name, controls in found.controls.items():
+        cells = []
+        for task in controlled:
+            cells.append(f"{fmean(found.scores[name][seed][task.name] for seed in controls):.3f}")
+            cells.append(f"{fmean(own[f'{task.name}_shuffled'] for own in controls.values()):.3f}")
+        rows.append([TITLES[name], *cells])
+    limits = {task.name: task.test for task in TASKS}
+    effects = [drug_and_cell(limits["gdsc2_mid_potency"]), drug_and_target(limits["pydta"])]
+    for title, field in (
+        ("molecule's main effect", "molecule"),
+        ("partner's main effect", "partner"),
+        ("both main effects added", "both"),
+    ):
+        rows.append([title, *(text for own in effects for text in (f"{getattr(own, field):.3f}", NOTHING))])
+    return markdown_table(header, rows)
+
+
+def draw(places: Places, found: Found, folder: Path) -> list[Path]:
+    """All figures for which there are results."""
+    files = []
+    titles = {TITLES[name]: name for name in TITLES}
+    signals = [TITLES[name] for name in SIGNALS]
+    means = {title: _map(overall, found.scores[name]) for title, name in titles.items() if name in found.scores}
+    lines = {
+        TITLES[name]: {float(samples): score for samples, score in own.items()}
+        for name, own in found.probe_sizes.items()
+    }
+    figures = {}
+    if means:
+        figures["overall"] = score_figure(means, signals, [*REFERENCES.values(), *TRAINED.values()])
+    if found.seconds:
+        figures["runtime"] = runtime_figure({TITLES[name]: own for name, own in found.seconds.items()}, signals)
+    if lines:
+        figures["probe_size"] = line_figure(lines, "probe samples")
+    for name, setting in (("es_layer_factors", "temperature"), ("es_element_factors", "tau")):
+        if name in found.choices:
+            values = {float(v.rpartition("_")[2]): score for v, score in found.choices[name].items()}
+            figures[setting] = line_figure({TITLES[name]: values}, setting)
+    for name, figure in figures.items():
+        files.append(folder / f"{name}.png")
+        save(figure, files[-1])
+    published = places.test(CHOOSING_SEED, AS_PUBLISHED)
+    if published.exists():
+        files += draw_figures(read_coefficients(published), folder)
+    return files
+
+
+def page(places: Places, readme: Path, figures: Path) -> None:
+    """Write tables and figures into a README between its marks."""
+    found = gather(places, list(TITLES), PROBE_SIZES)
+    drawn = draw(places, found, figures)
+    parts = [
+        "### Scores on test data",
+        f"Means over {len(SEEDS)} trainings of the specialists, with 95 % intervals (Student's t) over them.",
+        scores_table(found),
+        *(_paired(found, name) for name in (AS_PUBLISHED, "es_both", "embedding_matching") if name in found.scores),
+        "### Settings, and how they were chosen",
+        choices_table(found),
+        "### Shuffled partners and main effects",
+        control_table(found),
+        "### Figures",
+        *(f"![{file.stem.replace('_', ' ')}]({file.relative_to(readme.parent).as_posix()})" for file in drawn),
+    ]
+    write_table("\n\n".join(parts), readme, BEGIN, END)
+
+
+def _paired(found: Found, name: str) -> str:
+    return f"#### {TITLES[name]} against the others\n\n{paired_table(found, name)}"
+
+
+if __name__ == "__main__":
+    page(Places.usual(), README, FIGURES)

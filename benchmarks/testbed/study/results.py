@@ -1,0 +1,93 @@
+"""What the study found, gathered from the result files that `esmerge evaluate` wrote."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.testbed.results_table import TaskScore, first_scores
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
+from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.tasks import CROSS, OWN, SHUFFLED, TASKS
+from lightning_modules.evaluation_results import read_results, results_file
+
+# Scores by task of one model.
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All results.
+
+    Attributes:
+        scores: row -> seed -> task -> score on test data; of complete rows only.
+        controls: row -> seed -> task -> score with shuffled partners.
+        choices: row -> setting -> mean score on validation data.
+        probe_sizes: row -> samples -> mean score on validation data.
+        seconds: row -> how long merging took, by seed.
+    """
+
+    scores: dict[str, dict[int, Scores]]
+    controls: dict[str, dict[int, Scores]]
+    choices: dict[str, dict[str, float]]
+    probe_sizes: dict[str, dict[int, float]]
+    seconds: dict[str, list[float]]
+
+
+def gather(places: Places, rows: Sequence[str], probe_sizes: Sequence[int]) -> Found:
+    """What is there so far."""
+    scores: dict[str, dict[int, Scores]] = {}
+    controls: dict[str, dict[int, Scores]] = {}
+    seconds: dict[str, list[float]] = {}
+    for name in rows:
+        for seed in SEEDS:
+            folder = places.test(seed, name)
+            own = _scores(folder, [task.name for task in TASKS])
+            if len(own) == len(TASKS):
+                scores.setdefault(name, {})[seed] = own
+                shuffled = _scores(folder, [f"{task.name}_{SHUFFLED}" for task in TASKS if task.control])
+                if shuffled:
+                    controls.setdefault(name, {})[seed] = shuffled
+                if (folder / MERGE_FILE).exists():
+                    seconds.setdefault(name, []).append(_read(folder / MERGE_FILE)["seconds"])
+    choices = {name: _read(file)["scores"] for name in rows if (file := places.validation(name) / CHOICE_FILE).exists()}
+    sizes = {
+        name: {
+            samples: fmean(_read(file)["scores"].values())
+            for samples in probe_sizes
+            if (file := places.probe_size(name, samples) / CHOICE_FILE).exists()
+        }
+        for name in rows
+    }
+    return Found(scores, controls, choices, {name: own for name, own in sizes.items() if own}, seconds)
+
+
+def _scores(folder: Path, tasks: Sequence[str]) -> Scores:
+    results = {task: read_results(file) for task in tasks if (file := results_file(folder, task)).exists()}
+    found: dict[str, TaskScore] = first_scores(results)
+    return {task: score.value for task, score in found.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def preservation(scores: Scores, specialists: dict[str, Scores]) -> float:
+    """The mean over single-modality tasks of the score relative to that of the task's specialist."""
+    own = [(scores[task.name], specialists[str(task.specialist)][task.name]) for task in OWN]
+    return fmean(score / reference if reference else math.nan for score, reference in own)
+
+
+def cross(scores: Scores) -> float:
+    """The mean score on tasks about two modalities."""
+    return fmean(scores[task.name] for task in CROSS)
+
+
+def overall(scores: Scores) -> float:
+    """The mean score on all tasks that count."""
+    return fmean(scores[task.name] for task in TASKS if task.counts)

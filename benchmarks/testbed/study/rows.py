@@ -1,0 +1,124 @@
+"""The rows of the study's table: every way to merge, and the settings of each that validation data chooses among."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.testbed.data import MODALITIES
+
+Space = Literal["weights", "factors"]
+Variant = dict[str, Any]  # the fields `method` and `coefficients` of a recipe
+
+# As many as any method has settings to choose among.
+BUDGET = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to merge.
+
+    Attributes:
+        name: of files and folders.
+        title: in tables and figures.
+        variants: its settings by name, at most `BUDGET`.
+        signals: whether coefficients or method come from embedding signals.
+        space: in which deltas are merged.
+    """
+
+    name: str
+    title: str
+    variants: dict[str, Variant]
+    signals: bool = False
+    space: Space = "weights"
+
+    @property
+    def probed(self) -> bool:
+        """Whether merging needs the probe."""
+        return self.signals or self.name == "regmean"
+
+
+def _each(number: float) -> dict[str, float]:
+    return dict.fromkeys(MODALITIES, number)
+
+
+def _named(variants: list[Variant]) -> dict[str, Variant]:
+    """Variants by what tells them apart."""
+    named = {}
+    for variant in variants:
+        fields = {**variant["method"], **variant["coefficients"]} if isinstance(variant["coefficients"], dict) else {}
+        fields = {**variant["method"], **fields}
+        shown = [f"{k}_{v}" for k, v in fields.items() if k not in ("name", "from", "granularity", *MODALITIES)]
+        named["-".join(shown) or "only"] = variant
+    return named
+
+
+def _summed(name: str, **values: tuple[float, ...]) -> dict[str, Variant]:
+    """A method with a coefficient of 1 for every specialist."""
+    return _named([{"method": {"name": name, **own}, "coefficients": _each(1.0)} for own in _grid_of(**values)])
+
+
+def _from_signals(granularity: str, scales: tuple[float, ...], settings: list[dict[str, float]]) -> dict[str, Variant]:
+    """Coefficients from embedding signals, and what the weighted sum is multiplied by."""
+    source = {"from": "embedding_signals", "granularity": granularity}
+    methods = [{"name": "linear"} if scale == 1 else {"name": "task_arithmetic", "lambda": scale} for scale in scales]
+    return _named([{"method": method, "coefficients": {**source, **own}} for own in settings for method in methods])
+
+
+def _grid_of(**values: tuple[float, ...]) -> list[dict[str, float]]:
+    return [dict(zip(values, own, strict=True)) for own in itertools.product(*values.values())]
+
+
+# As the paper has it: of both granularities, in factors, at the released code's temperatures.
+PUBLISHED = "es_both_factors"
+PUBLISHED_VARIANT = "temperature_0.5-tau_0.1"
+
+ROWS: tuple[Row, ...] = (
+    Row("uniform", "uniform average", _named([{"method": {"name": "linear"}, "coefficients": "uniform"}])),
+    Row("task_arithmetic", "task arithmetic", _summed("task_arithmetic", **{"lambda": (0.4, 0.6, 0.8, 1.0)})),
+    Row("ties", "TIES", _summed("ties", density=(0.2, 0.5), **{"lambda": (1.0, 1.5)})),
+    Row("dare_ties", "DARE-TIES", _summed("dare_ties", density=(0.5, 0.8), **{"lambda": (0.6, 1.0)})),
+    Row("pcb", "PCB", _summed("pcb", density=(0.2, 0.5), **{"lambda": (1.0, 1.5)})),
+    Row("tsv", "TSV-M", _summed("tsv", **{"lambda": (0.5, 0.75, 1.0, 1.25)})),
+    Row("iso_c", "Iso-C", _summed("iso_c", **{"lambda": (0.5, 0.75, 1.0, 1.25)})),
+    Row(
+        "es_layer_factors",
+        "ES layer, factors",
+        _from_signals("layer", (1.0,), _grid_of(temperature=(0.25, 0.5, 1.0, 2.0))),
+        True,
+        "factors",
+    ),
+    Row(
+        "es_element_factors",
+        "ES element, factors",
+        _from_signals("element", (1.0,), _grid_of(tau=(0.03, 0.1, 0.3, 1.0))),
+        True,
+        "factors",
+    ),
+    Row(
+        "es_both_factors",
+        "ES both, factors",
+        _from_signals("both", (1.0,), _grid_of(temperature=(0.5, 2.0), tau=(0.1, 1.0))),
+        True,
+        "factors",
+    ),
+    Row("es_layer", "ES layer, weights", _from_signals("layer", (1.0, 2.0), _grid_of(temperature=(0.5, 2.0))), True),
+    Row("es_element", "ES element, weights", _from_signals("element", (1.0, 2.0), _grid_of(tau=(0.1, 1.0))), True),
+    Row(
+        "es_both",
+        "ES both, weights",
+        _from_signals("both", (1.0, 2.0), [{"temperature": 0.5, "tau": 0.1}, {"temperature": 2.0, "tau": 1.0}]),
+        True,
+    ),
+    Row("regmean", "RegMean", _summed("regmean", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)})),
+    Row(
+        "embedding_matching",
+        "embedding matching",
+        _summed("embedding_matching", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
+        True,
+    ),
+)
+
+
+def row(name: str) -> Row:
+    """The row of a name."""
+    return next(own for own in ROWS if own.name == name)

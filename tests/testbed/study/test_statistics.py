@@ -1,0 +1,27 @@
+import math
+
+import pytest
+
+from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
+
+
+def test_intervals_are_those_of_students_t():
+    # By R: t.test(c(0.61, 0.64, 0.62))$conf.int is 0.6233333 -+ 0.0379461.
+    assert half_width([0.61, 0.64, 0.62]) == pytest.approx(0.0379461, abs=1e-5)
+    assert math.isnan(half_width([0.5]))
+
+
+def test_p_values_count_all_choices_of_signs():
+    assert sign_flip_p_value([1, 1, 1, 1]) == 2 / 16
+    # Sums of 1, 2 and 3 with signs: only 6 and -6 are as far from zero as 6.
+    assert sign_flip_p_value([1, 2, 3]) == 2 / 8
+    assert sign_flip_p_value([1, -2, 3]) == 6 / 8
+    assert sign_flip_p_value([0.5, -0.5]) == 1
+
+
+def test_many_differences_are_sampled():
+    assert sign_flip_p_value([1.0] * 24) == pytest.approx(1 / (2**20 + 1), rel=2)
+    assert sign_flip_p_value([1.0, -1.0] * 12) == 1
+    mixed = [0.3] * 13 + [-0.2] * 11
+    assert sign_flip_p_value(mixed) == sign_flip_p_value(mixed)
+    assert 0.1 < sign_flip_p_value(mixed) < 0.5

@@ -1,0 +1,180 @@
+"""The study: its rows and jobs, and all stages on a tiny base."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.testbed.data import MODALITIES
+from benchmarks.testbed.study import jobs, page, results, rows, scoring, specialists, tasks
+from benchmarks.testbed.study.__main__ import _with_needs, run_all
+from benchmarks.testbed.study.jobs import Job, all_jobs
+from benchmarks.testbed.study.merges import EXACT, recipe_of
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.rows import BUDGET, PUBLISHED, PUBLISHED_VARIANT, ROWS, row
+from esmerge.methods import METHODS
+from esmerge.mllm.loading import load_model
+from lightning_modules.finetune_recipe import FinetuningRecipe
+
+
+@pytest.fixture
+def places(trained, tmp_path):
+    for modality in MODALITIES:
+        link = Places(tmp_path).model(scoring.CHOOSING_SEED, modality)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(trained / modality)
+    return Places(tmp_path)
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    few = tuple(replace(task, test=4, validation=min(task.validation, 4)) for task in tasks.TASKS)
+    for module in (jobs, page, results, scoring, tasks):
+        monkeypatch.setattr(module, "TASKS", few)
+
+
+@pytest.mark.parametrize("own", ROWS, ids=lambda own: own.name)
+def test_every_setting_of_a_row_is_a_recipe_and_none_has_more_than_the_others_may(own, places):
+    assert 1 <= len(own.variants) <= BUDGET
+    made = [recipe_of(places, Path("base"), 42, own, variant, EXACT, 4) for variant in own.variants.values()]
+    described = [recipe.model_dump_json() for recipe in made]
+    assert len(set(described)) == len(described)
+    for recipe in made:
+        assert recipe.method.name in METHODS and recipe.needs_probe == own.probed
+
+
+def test_the_published_procedure_is_the_default_one_in_factors(places):
+    own = row(PUBLISHED)
+    recipe = recipe_of(places, Path("base"), 42, own, own.variants[PUBLISHED_VARIANT], EXACT, 4)
+    assert recipe.space == "factors" and recipe.method.name == "linear"
+    plain = {"from": "embedding_signals", "granularity": "both"}
+    default = recipe_of(places, Path("base"), 42, own, {"method": "linear", "coefficients": plain}, EXACT, 4)
+    assert recipe.coefficients == default.coefficients
+
+
+def test_jobs_need_only_earlier_ones_and_each_has_its_own_result(tmp_path):
+    made = all_jobs(Places(tmp_path), tmp_path)
+    seen = set()
+    for name, job in made.items():
+        assert set(job.needs) <= seen, name
+        seen.add(name)
+    assert len({job.result for job in made.values()}) == len(made)
+    only = _with_needs(made, ["test/42/ties"])
+    assert set(only) == {"molecule-42", "protein-42", "cell-42", "choice/ties", "test/42/ties"}
+
+
+def test_jobs_wait_for_what_they_need_and_a_failure_stops_the_rest(tmp_path):
+    def job(name, *needs):
+        return Job(name, tmp_path / name, lambda: None, needs)
+
+    made = {own.name: own for own in (job("a"), job("b", "a"), job("c", "b"), job("d", "c"))}
+    (tmp_path / "a").mkdir()
+    ran = []
+    assert run_all(made, lambda name: not ran.append(name), workers=2) is None
+    assert ran == ["b", "c", "d"]
+    ran.clear()
+    assert run_all(made, lambda name: ran.append(name) or name != "c", workers=2) == "c"
+    assert ran == ["b", "c"]
+
+
+def test_recipes_of_trainings_are_valid(tmp_path):
+    for modality in MODALITIES:
+        FinetuningRecipe.model_validate(specialists.training_recipe(tmp_path, modality, 42, tmp_path))
+    joint = FinetuningRecipe.model_validate(specialists.joint_recipe(tmp_path, 42, tmp_path))
+    tuned = FinetuningRecipe.model_validate(specialists.tuning_recipe(tmp_path, 42, tmp_path))
+    assert joint.tasks == tuned.tasks and joint.train_encoders and not tuned.train_encoders
+
+
+def test_an_untrained_specialist_is_the_base_with_encoders_that_depend_on_the_seed(llama, tmp_path):
+    for seed in (1, 1, 2):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}-{seed}"
+        specialists.write_untrained(llama / "base", MODALITIES, seed, folder)
+    one, again, other = sorted(tmp_path.iterdir())
+    for file in ("adapter_model.safetensors", "modalities/protein/model.safetensors"):
+        assert (one / file).read_bytes() == (again / file).read_bytes() != (other / file).read_bytes()
+    model, processor = load_model(one, llama / "base", torch.float32)
+    plain, _ = load_model(llama / "base", dtype=torch.float32)
+    assert set(model.encoders) == {"molecule", "protein"} and set(processor.modalities) == set(MODALITIES)
+    ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert torch.equal(model(**ids).logits, plain(**ids).logits)
+
+
+def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESMERGE_ENCODER_CACHE", str(tmp_path / "soft tokens"))
+    monkeypatch.setattr("benchmarks.testbed.study.merges.PROBE_SAMPLES", 3)
+    seed, base = scoring.CHOOSING_SEED, llama / "base"
+    made = all_jobs(places, base)
+    done = [
+        "test/base",
+        "choice/embedding_matching",
+        "test/42/embedding_matching",
+        "test/42/uniform",
+        "test/42/published",
+    ]
+    done += [f"test/42/{modality}" for modality in MODALITIES]
+    for name in done:
+        made[name].run()
+        assert made[name].result.exists(), name
+    probed = made["probe-size/embedding_matching/8"]
+    probed.run()
+    assert probed.result.exists()
+    choice = json.loads((places.validation("embedding_matching") / scoring.CHOICE_FILE).read_text())
+    assert set(choice["scores"]) == set(row("embedding_matching").variants)
+    assert choice["scores"][choice["chosen"]] == max(choice["scores"].values())
+    record = (places.test(seed, "embedding_matching") / "esmerge.yaml").read_text()
+    assert "name: embedding_matching" in record
+    # Of merged models only results are left.
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {"seed-42", "tasks", "probes", "validation", "test", "probe sizes", "soft tokens"}
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
+    page.page(places, readme, tmp_path / "figures")
+    lines = readme.read_text().splitlines()
+    found = results.gather(places, list(page.TITLES), jobs.PROBE_SIZES)
+    uniform = next(line for line in lines if line.startswith("| uniform average"))
+    cells = [cell.strip() for cell in uniform.split("|")[1:-1]]
+    assert cells[1] == f"{found.scores['uniform'][seed]['b3db']:.3f}" and cells[-1] == "1"
+    assert cells[-2] == f"{results.overall(found.scores['uniform'][seed]):.3f}"
+    ties = next(line for line in lines if line.startswith("| TIES "))
+    assert {cell.strip() for cell in ties.split("|")[2:-2]} == {page.NOTHING}
+    for name in ("overall", "runtime", "probe_size", "distances", "coefficients", "embeddings_cell"):
+        assert (tmp_path / "figures" / f"{name}.png").exists() and f"(figures/{name}.png)" in readme.read_text()
+
+
+def test_means_are_over_the_tasks_that_count():
+    scores = {"b3db": 0.8, "antimicrobial": 0.6, "tissue": 0.2, "cell_sensitivity": 0.5}
+    scores |= {"gdsc2_mid_potency": 0.7, "pydta": 0.6, "kiba": 0.0}
+    assert results.cross(scores) == pytest.approx(0.65)
+    assert results.overall(scores) == pytest.approx(3.4 / 6)
+    own = {
+        "molecule": {"b3db": 1.0},
+        "protein": {"antimicrobial": 0.6},
+        "cell": {"tissue": 0.4, "cell_sensitivity": 0.5},
+    }
+    assert results.preservation(scores, own) == pytest.approx((0.8 + 1 + 0.5 + 1) / 4)
+
+
+def test_tasks_about_validation_data_differ_in_nothing_else(tmp_path):
+    from lightning_modules.tasks import load_task
+
+    tasks.write_tasks(tmp_path)
+    for task in tasks.TASKS:
+        plain = load_task(task.name)
+        if task.validation:
+            other = load_task(str(tmp_path / f"{task.name}_validation.yaml"))
+            assert other.split.evaluated == "validation" and (other.prompt, other.choices) == (
+                plain.prompt,
+                plain.choices,
+            )
+        if task.control:
+            other = load_task(str(tmp_path / f"{task.name}_shuffled.yaml"))
+            assert other.source.testbed == f"{plain.source.testbed}_shuffled" and other.split == plain.split
+
+
+def test_all_rows_that_the_study_is_to_have_are_there():
+    assert {"uniform", "task_arithmetic", "ties", "dare_ties", "pcb", "tsv", "iso_c", "regmean"} <= {
+        r.name for r in rows.ROWS
+    }
