@@ -135,12 +135,13 @@ def _check_names(
             "save it without them."
         )
     if isinstance(specialist, FullSpecialist):
+        # Buffers of whole numbers, such as masks, are the base's; newer versions save fewer of them.
+        known = {*names, *specialist.integers}
         missing = [
             name
             for name, (tensor, _) in entries.items()
-            # Buffers of whole numbers, such as masks, are the base's; newer versions save fewer of them.
             if checkpoint.info(tensor).dtype.is_floating_point
-            and name not in {*names, *specialist.integers}
+            and name not in known
             and not (name in OUTPUT_EMBEDDINGS and specialist.ties_embeddings)
         ]
         if missing:

@@ -54,15 +54,32 @@ _Weights = Sequence[float] | Tensor
 # Arithmetic on floats is several times faster than masks of booleans, and in place than into new memory. Operators on
 # single numbers are left to Python: each one of torch's may hand the interpreter to another thread.
 def _agreeing_sum(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
-    """Sum of what agrees with the total's sign: half of the total's magnitude and the sum of magnitudes together."""
+    """Sum of what agrees with the total's sign: half of the total and of the sum of magnitudes with that sign."""
+    if not isinstance(weights, Tensor) and min(weights) > 0 and len(set(weights)) == 1:
+        total = _added(deltas)
+        magnitudes, *others = deltas
+        magnitudes.abs_()
+        for other in others:
+            magnitudes += other.abs_()
+        # New memory would cost more than what is done in it.
+        signs = _sign_bits(total, out=others[0] if others else None)
+        return total.add_(_set_bits(magnitudes, signs)).mul_(0.5 * weights[0])
     halves = [0.5 * weight for weight in weights]
     total = deltas[0].mul_(halves[0])
     magnitudes = total.abs()
     for half, delta in zip(halves[1:], deltas[1:], strict=True):
         _add_product(total, delta, half)
         _add_product(magnitudes, delta.abs_(), abs(half))
-    signs = _sign_bits(total)
-    return _set_bits(magnitudes.add_(total.abs_()), signs)
+    return _set_bits(magnitudes, _sign_bits(total)).add_(total)
+
+
+def _added(deltas: Sequence[Tensor]) -> Tensor:
+    if len(deltas) == 1:
+        return deltas[0].clone()
+    total = deltas[0] + deltas[1]
+    for delta in deltas[2:]:
+        total += delta
+    return total
 
 
 def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
@@ -72,9 +89,7 @@ def _agreeing_mean(weights: _Weights, deltas: Sequence[Tensor]) -> Tensor:
         weights, weighted = [1.0] * len(deltas), deltas  # equal ones cancel out
     else:
         weighted = [delta.mul_(weight) for weight, delta in zip(weights, deltas, strict=True)]
-    total = weighted[0].clone()
-    for part in weighted[1:]:
-        total += part
+    total = _added(weighted)
     signs = _sign_bits(total)
     sign = _set_bits(torch.ones_like(total), signs)
     total.zero_()
@@ -99,9 +114,10 @@ def _add_product(total: Tensor, values: Tensor, weight: float | Tensor) -> None:
 
 
 # A sign is one bit, and these take a fraction of the time of `copysign`.
-def _sign_bits(values: Tensor) -> Tensor:
+def _sign_bits(values: Tensor, out: Tensor | None = None) -> Tensor:
     integers = _INTEGERS[values.element_size()]
-    return values.view(integers) & torch.iinfo(integers).min
+    smallest = torch.iinfo(integers).min
+    return torch.bitwise_and(values.view(integers), smallest, out=None if out is None else out.view(integers))
 
 
 def _set_bits(values: Tensor, bits: Tensor) -> Tensor:

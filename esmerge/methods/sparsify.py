@@ -122,11 +122,12 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
         return sparsify_as_peft
     high, low = divmod(max(1, round(density * _BYTE**2)), _BYTE)
     zero = torch.zeros(())
-    first, second = _random_bytes(generator), _random_bytes(generator) if low else None
+    is_coin = (high, low) == (_BYTE // 2, 0)
+    first, second = _Stream(generator, bits=1 if is_coin else 8), _Stream(generator) if low else None
 
     def sparsify(block: Tensor) -> Tensor:
         drawn = first.draw(block.numel())
-        kept = drawn < high
+        kept = drawn if is_coin else drawn < high
         if second is not None:
             # One byte decides nearly always; a second one where it is equal to the limit's.
             equal = np.flatnonzero(drawn == high)
@@ -138,21 +139,21 @@ def keep_random(blocks: Blocks, count: int, *, density: float, generator: torch.
     return sparsify
 
 
-def _random_bytes(generator: torch.Generator) -> "_Bytes":
-    return _Bytes(int(torch.randint(1 << 62, (), generator=generator)))
+class _Stream:
+    """A stream of uniform bytes, or of bits."""
 
-
-class _Bytes:
-    """A stream of uniform bytes."""
-
-    def __init__(self, seed: int) -> None:
+    def __init__(self, generator: torch.Generator, bits: int = 8) -> None:
+        seed = int(torch.randint(1 << 62, (), generator=generator))
         self._words = np.random.Generator(np.random.SFC64(seed))
+        self._bits = bits
         self._left = np.empty(0, dtype=np.uint8)
 
     def draw(self, count: int) -> "np.ndarray[Any, Any]":
         """The next ones, uint8 [count]; how elements come in blocks does not change what each of them gets."""
-        words = self._words.integers(1 << 64, size=-(-max(0, count - len(self._left)) // 8), dtype=np.uint64)
-        drawn = words.view(np.uint8)
+        words = -(-max(0, count - len(self._left)) * self._bits // 64)
+        drawn = self._words.integers(1 << 64, size=words, dtype=np.uint64).view(np.uint8)
+        if self._bits == 1:
+            drawn = np.unpackbits(drawn)
         if len(self._left):
             drawn = np.concatenate([self._left, drawn])
         self._left = drawn[count:]

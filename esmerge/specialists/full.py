@@ -1,6 +1,7 @@
 """Full checkpoints: every tensor of the base, with the specialist's values."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class FullSpecialist:
                 "float32, and give that."
             )
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Canonical names of its tensors of floating-point values."""
         return [name for name, tensor in self._stored.items() if self.checkpoint.info(tensor).dtype.is_floating_point]

@@ -40,12 +40,12 @@ class StudyTask:
 TASKS: tuple[StudyTask, ...] = (
     StudyTask("b3db", "BBB", "molecule", 300, 128),
     StudyTask("antimicrobial", "antimicrobial", "protein", 300, 128),
-    StudyTask("tissue", "tissue", "cell", 300, 128),
-    StudyTask("cell_sensitivity", "sensitivity", "cell", 300, 128),
-    StudyTask("gdsc2_mid_potency", "drug x cell", None, 300, 128, control=True),
-    StudyTask("pydta", "drug x protein", None, 200, 128, control=True),
+    StudyTask("tissue", "tissue", "cell", 300, 64),
+    StudyTask("cell_sensitivity", "sensitivity", "cell", 300, 64),
+    StudyTask("gdsc2_mid_potency", "drug x cell", None, 200, 64, control=True),
+    StudyTask("pydta", "drug x protein", None, 150, 64, control=True),
     # Doubly cold: neither its molecules nor its proteins were seen by anyone.
-    StudyTask("kiba", "KIBA", None, 200, 0, counts=False),
+    StudyTask("kiba", "KIBA", None, 100, 0, counts=False),
 )
 OWN = tuple(task for task in TASKS if task.specialist is not None)
 CROSS = tuple(task for task in TASKS if task.specialist is None and task.counts)
