@@ -403,6 +403,33 @@ class TestSpectral:
         assert float(values[2:].max()) < 1e-5 * float(values[0])
 
 
+@pytest.mark.parametrize("rank", [2, 40])
+def test_spectral_methods_on_deltas_of_low_rank_are_those_of_their_nonzero_triplets(rank):
+    """Vectors of zero singular values are arbitrary: kept, they would turn those of the other tasks."""
+    deltas = [random(280, rank, seed=seed) @ random(rank, 260, seed=seed + 9) for seed in range(3)]
+    parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    u = torch.cat([u[:, :rank] for u, _, _ in parts], dim=1)
+    vt = torch.cat([vt[:rank] for _, _, vt in parts])
+    nearest = []
+    for matrix in (u, vt):
+        p, _, q = torch.linalg.svd(matrix, full_matrices=False)
+        nearest.append(p @ q)
+    values = torch.cat([s[:rank] for _, s, _ in parts])
+    expected = (nearest[0] * values) @ nearest[1]
+    merged = methods.tsv(deltas, torch.ones(3, 1, 1))
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert torch.equal(methods.tsv(deltas, torch.ones(3, 1, 1)), merged)
+    left, s, right = torch.linalg.svd(sum(deltas), full_matrices=False)
+    expected = left[:, : 3 * rank] @ right[: 3 * rank] * s[: 3 * rank].mean()
+    torch.testing.assert_close(methods.iso_c(deltas, torch.ones(3, 1, 1)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_spectral_methods_of_zero_deltas_are_zero():
+    zeros = [torch.zeros(80, 70)] * 2
+    for method in (methods.tsv, methods.iso_c):
+        assert torch.equal(method(zeros, torch.ones(2, 1, 1)), torch.zeros(80, 70))
+
+
 def plain_pcb(deltas, density):
     """Parameter competition balancing, line by line as its authors' code has it."""
 
