@@ -48,7 +48,7 @@ def _weighted(deltas: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 def tsv(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: Finite = 1.0) -> Tensor:
     """Task singular vectors (Gargiulo et al. 2025, arXiv 2412.00081, algorithm 1).
 
-    Of each of the S deltas the first 1/S of its singular triplets is kept, without those that are zero; the concatenated
+    Of each of the S deltas the first 1/S of its singular triplets is kept, without zero ones; the concatenated
     left and right vectors are each replaced by the nearest orthonormal ones, X -> P Q^T of the decomposition
     X = P D Q^T, so that the tasks do not interfere.
 
