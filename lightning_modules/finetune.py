@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +24,7 @@ from esmerge.modalities import Encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
 from esmerge.results import check_output
 from esmerge.sources import Source, is_on_hub, resolve
+from esmerge.yaml_files import nearest
 from lightning_modules.data import TokenizedExample
 from lightning_modules.evaluation_results import all_versions, describe_model, portable
 from lightning_modules.finetune_recipe import FinetuningRecipe
@@ -70,7 +72,11 @@ def finetune(
     if template not in (None, NO_TEMPLATE):
         template = str(recipe.folder / template)
     writer = PromptWriter(processor, ChatFormat.of(processor, template), recipe.as_text)
-    training = {task.name: _examples(task, None, recipe.samples, processor, writer) for task in tasks}
+    _check_repeat(recipe, tasks)
+    training = {
+        task.name: _examples(task, None, recipe.samples, processor, writer) * recipe.repeat.get(task.name, 1)
+        for task in tasks
+    }
     judged = recipe.validation
     validation = {
         task.name: _examples(task, judged.split, judged.samples, processor, writer) for task in tasks if judged
@@ -124,6 +130,15 @@ def _base_reference(recipe: FinetuningRecipe, source: Source) -> str | None:
         return base_of(source.folder)
     found = resolve(recipe.base, recipe.folder, "base")
     return str(found.folder) if found.commit is None else recipe.base
+
+
+def _check_repeat(recipe: FinetuningRecipe, tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    for name in recipe.repeat:
+        if name not in names:
+            raise InputError(
+                f"repeat.{name} is none of the tasks{nearest(name, names)} (they are: {', '.join(names)})."
+            )
 
 
 def _task_reference(name: str, folder: Path) -> str:

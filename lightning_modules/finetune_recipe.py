@@ -59,6 +59,7 @@ class FinetuningRecipe(_Strict):
         base: of an adapter; None for the one that it names.
         tasks: names, or paths of YAML files.
         samples: of the training split of each task at most.
+        repeat: by a task's name, how often its samples come in an epoch, for tasks with few; once if not given.
         lora: the new adapter, for a model without one.
         train_encoders: whether encoders are trained along.
         epochs: passes over the data.
@@ -79,6 +80,7 @@ class FinetuningRecipe(_Strict):
     base: str | None = None
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     samples: Count | None = None
+    repeat: dict[str, Count] = {}
     lora: LoraRecipe = LoraRecipe()
     train_encoders: bool = False
     epochs: Count = 1

@@ -187,6 +187,17 @@ def test_stops_early(esmerge, write_recipe, tmp_path):
     assert 20 <= record["steps"] <= 60
 
 
+def test_samples_of_a_small_task_are_repeated(esmerge, write_recipe, tmp_path):
+    for name, changes in {"plain": {"epochs": 2}, "repeated": {"epochs": 1, "repeat": {"toy": 2}}}.items():
+        code, _, err = esmerge("finetune", write_recipe(name, **changes), "-o", tmp_path / f"{name}-tuned", "--quiet")
+        assert code == 0, err
+    records = [
+        yaml.safe_load((tmp_path / f"{name}-tuned" / "finetuning.yaml").read_text()) for name in ("plain", "repeated")
+    ]
+    assert [record["samples"] for record in records] == [{"toy": 40}, {"toy": 80}]
+    assert records[0]["steps"] == records[1]["steps"]
+
+
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
@@ -195,6 +206,8 @@ def test_stops_early(esmerge, write_recipe, tmp_path):
         ({"tasks": ["b3bd"]}, "did you mean b3db?"),
         ({"tasks": ["toy.yaml", "toy.yaml"]}, "stands there twice"),
         ({"learning_rate": -1}, "learning_rate"),
+        ({"repeat": {"toys": 2}}, "repeat.toys is none of the tasks; did you mean toy?"),
+        ({"repeat": {"toy": 0}}, "repeat.toy"),
         ({"lora": {"rank": 0}}, "lora.rank"),
         ({"lora": {"targets": ["nowhere"]}}, "lora.targets"),
         ({"validation": {"split": "dev"}}, "dev"),
