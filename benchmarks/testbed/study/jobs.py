@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.testbed.data import MODALITIES, Modality
 from benchmarks.testbed.study.merges import merged
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.rows import PUBLISHED, PUBLISHED_VARIANT, ROWS, row
+from benchmarks.testbed.study.rows import PUBLISHED, PUBLISHED_VARIANT, ROWS, VARIATIONS, Row, row
 from benchmarks.testbed.study.scoring import (
     CHOICE_FILE,
     CHOOSING_SEED,
@@ -66,6 +66,8 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     for seed in SEEDS:
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
+    needs = tuple(f"{modality}-{CHOOSING_SEED}" for modality in MODALITIES)
+    jobs += [_choice(places, base, own, "variation", needs) for own in VARIATIONS]
     return {job.name: job for job in jobs}
 
 
@@ -77,8 +79,7 @@ def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
         jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
         for own in ROWS:
             if len(own.variants) > 1:
-                file = places.validation(own.name) / CHOICE_FILE
-                jobs.append(Job(f"choice/{own.name}", file, partial(choose, places, base, own), specialists))
+                jobs.append(_choice(places, base, own, "choice", specialists))
     for modality in MODALITIES:
         model = places.model(seed, modality)
         jobs.append(
@@ -90,6 +91,12 @@ def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
     jobs.append(_test_of_row(places, base, seed, PUBLISHED, PUBLISHED_VARIANT, AS_PUBLISHED, specialists))
     jobs += _trained_baselines(places, base, seed, specialists)
     return jobs
+
+
+def _choice(places: Places, base: Path, own: Row, kind: str, needs: tuple[str, ...]) -> Job:
+    return Job(
+        f"{kind}/{own.name}", places.validation(own.name) / CHOICE_FILE, partial(choose, places, base, own), needs
+    )
 
 
 def _test_of_row(

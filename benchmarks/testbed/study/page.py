@@ -18,7 +18,7 @@ from benchmarks.testbed.study.figures import line_figure, runtime_figure, save, 
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
-from benchmarks.testbed.study.rows import ROWS
+from benchmarks.testbed.study.rows import ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
@@ -103,10 +103,10 @@ def paired_table(found: Found, reference: str) -> str:
     return markdown_table([f"{TITLES[reference]} minus", "mean difference", "better", "p"], rows) if rows else NOTHING
 
 
-def choices_table(found: Found) -> str:
-    """Every setting of every row with its score on validation data; the chosen one in bold."""
+def choices_table(found: Found, of: Sequence[Row]) -> str:
+    """Every setting of rows with its score on validation data; the best one in bold."""
     rows = []
-    for row in ROWS:
+    for row in of:
         scores = found.choices.get(row.name)
         if len(row.variants) == 1:
             continue
@@ -178,7 +178,7 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
 
 def page(places: Places, readme: Path, figures: Path) -> None:
     """Write tables and figures into a README between its marks."""
-    found = gather(places, list(TITLES), PROBE_SIZES)
+    found = gather(places, list(TITLES), [row.name for row in VARIATIONS], PROBE_SIZES)
     drawn = draw(places, found, figures)
     parts = [
         "### Scores on test data",
@@ -186,7 +186,9 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         scores_table(found),
         *(_paired(found, name) for name in (AS_PUBLISHED, "es_both", "embedding_matching") if name in found.scores),
         "### Settings, and how they were chosen",
-        choices_table(found),
+        choices_table(found, ROWS),
+        "### What else embedding signals could do, on validation data",
+        choices_table(found, VARIATIONS),
         "### Shuffled partners and main effects",
         control_table(found),
         "### Figures",

@@ -26,7 +26,7 @@ class Found:
     Attributes:
         scores: row -> seed -> task -> score on test data; of complete rows only.
         controls: row -> seed -> task -> score with shuffled partners.
-        choices: row -> setting -> mean score on validation data.
+        choices: row or variation -> setting -> mean score on validation data.
         probe_sizes: row -> samples -> mean score on validation data.
         seconds: row -> how long merging took, by seed.
     """
@@ -38,8 +38,8 @@ class Found:
     seconds: dict[str, list[float]]
 
 
-def gather(places: Places, rows: Sequence[str], probe_sizes: Sequence[int]) -> Found:
-    """What is there so far."""
+def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe_sizes: Sequence[int]) -> Found:
+    """What is there so far of rows, of variations that have validation scores alone, and of sizes of the probe."""
     scores: dict[str, dict[int, Scores]] = {}
     controls: dict[str, dict[int, Scores]] = {}
     seconds: dict[str, list[float]] = {}
@@ -54,7 +54,11 @@ def gather(places: Places, rows: Sequence[str], probe_sizes: Sequence[int]) -> F
                     controls.setdefault(name, {})[seed] = shuffled
                 if (folder / MERGE_FILE).exists():
                     seconds.setdefault(name, []).append(_read(folder / MERGE_FILE)["seconds"])
-    choices = {name: _read(file)["scores"] for name in rows if (file := places.validation(name) / CHOICE_FILE).exists()}
+    choices = {
+        name: _read(file)["scores"]
+        for name in (*rows, *variations)
+        if (file := places.validation(name) / CHOICE_FILE).exists()
+    }
     sizes = {
         name: {
             samples: fmean(_read(file)["scores"].values())

@@ -119,6 +119,74 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+def _signals(granularity: str, **settings: float) -> dict[str, Any]:
+    return {"from": "embedding_signals", "granularity": granularity, **settings}
+
+
+def _matching(**parameters: Any) -> Variant:
+    method = {"name": "embedding_matching", "lambda": 1.25, **parameters}
+    return {"method": method, "coefficients": _each(1.0)}
+
+
+# What else embedding signals could do, on validation data alone: nothing of it has a row.
+VARIATIONS: tuple[Row, ...] = (
+    Row(
+        "matching_positions",
+        "matching: whose positions",
+        {"own modality": _matching(), "all up to the last item": _matching(tokens="all")},
+        True,
+    ),
+    Row(
+        "matching_shrink",
+        "matching: shrinking of off-diagonals",
+        {f"{shrink}": _matching(shrink=shrink) for shrink in (0.0, 0.5, 0.9, 0.98)},
+        True,
+    ),
+    Row(
+        "matching_scale",
+        "matching: scale of the result",
+        {f"{scale}": _matching(**{"lambda": scale}) for scale in (0.75, 1.0, 1.5, 2.0)},
+        True,
+    ),
+    Row(
+        "matching_weights",
+        "matching: weights of the terms",
+        {
+            "equal": _matching(),
+            "ES layer, temperature 0.5": {**_matching(), "coefficients": _signals("layer", temperature=0.5)},
+            "ES layer, temperature 2": {**_matching(), "coefficients": _signals("layer", temperature=2.0)},
+        },
+        True,
+    ),
+    # Their coefficients add up to 1, those of the plain methods to the number of specialists.
+    Row(
+        "ties_with_signals",
+        "TIES, density 0.5: coefficients",
+        {
+            "equal": {"method": {"name": "ties", "density": 0.5}, "coefficients": _each(1.0)},
+            "ES layer": {
+                "method": {"name": "ties", "density": 0.5},
+                "coefficients": _signals("layer", temperature=2.0),
+            },
+            "ES both": {"method": {"name": "ties", "density": 0.5}, "coefficients": _signals("both", temperature=2.0)},
+        },
+        True,
+    ),
+    Row(
+        "tsv_with_signals",
+        "TSV-M: coefficients",
+        {
+            "equal": {"method": {"name": "tsv"}, "coefficients": _each(1.0)},
+            "ES layer": {
+                "method": {"name": "tsv", "lambda": float(len(MODALITIES))},
+                "coefficients": _signals("layer", temperature=2.0),
+            },
+        },
+        True,
+    ),
+)
+
+
 def row(name: str) -> Row:
-    """The row of a name."""
-    return next(own for own in ROWS if own.name == name)
+    """The row or variation of a name."""
+    return next(own for own in (*ROWS, *VARIATIONS) if own.name == name)
