@@ -1,12 +1,13 @@
 """Merging the study's specialists: the probe, the recipe, and every setting of a row."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.testbed.cache import building
 from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.demo import PROBE_TEMPLATE
 from benchmarks.testbed.study.places import Places
@@ -19,10 +20,10 @@ PROBE_SAMPLES = 32
 
 def write_probe(folder: Path, samples: int) -> None:
     """Items that the specialists were trained on: a probe needs no labels, and held-out data stays untouched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for modality in MODALITIES:
-        items = [example.item for example in load_task(modality).examples["train"][:samples]]
-        (folder / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
+    with building(folder) as temporary:
+        for modality in MODALITIES:
+            items = [example.item for example in load_task(modality).examples["train"][:samples]]
+            (temporary / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
 
 
 def recipe_of(
@@ -56,10 +57,9 @@ def merged_in_all_ways(
 ) -> Iterator[dict[str, Path]]:
     """Yields the merged models of a row's settings by name, which are gone afterwards."""
     recipe = recipe_of(places, base, seed, row, next(iter(row.variants.values())), EXACT, samples)
-    with TemporaryDirectory(prefix=f"{row.name}-", dir=places.root) as folder:
-        output = Path(folder) / "merged"
-        compare(recipe, row.variants, output, progress=False)
-        yield {name: output / name for name in row.variants}
+    with _scratch(places.scratch(row.name, seed)) as folder:
+        compare(recipe, row.variants, folder, progress=False)
+        yield {name: folder / name for name in row.variants}
 
 
 @contextmanager
@@ -74,7 +74,18 @@ def merged(
 ) -> Iterator[tuple[Path, float]]:
     """Yields one merged model, which is gone afterwards, and how many seconds merging took."""
     recipe = recipe_of(places, base, seed, row, row.variants[variant], output, samples)
-    with TemporaryDirectory(prefix=f"{row.name}-", dir=places.root) as folder:
+    with _scratch(places.scratch(row.name, seed, variant, samples)) as folder:
         started = time.perf_counter()
-        merge(recipe, Path(folder) / row.name, progress=False)
-        yield Path(folder) / row.name, time.perf_counter() - started
+        merge(recipe, folder, progress=False)
+        yield folder, time.perf_counter() - started
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that does not exist, not even if a job that was killed left it, and does not exist afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

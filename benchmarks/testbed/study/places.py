@@ -53,6 +53,10 @@ class Places:
         """Results of a row on test data."""
         return self.root / "test" / f"seed-{seed}" / row
 
+    def scratch(self, *what: object) -> Path:
+        """A merged model while it is evaluated."""
+        return self.root / "scratch" / "-".join(map(str, what))
+
     def log(self, job: str) -> Path:
         """What a job printed."""
         return self.root / "logs" / f"{job.replace('/', '-')}.log"

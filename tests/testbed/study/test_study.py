@@ -128,7 +128,8 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert "name: embedding_matching" in record
     # Of merged models only results are left.
     left = {entry.name for entry in tmp_path.iterdir()}
-    assert left == {"seed-42", "tasks", "probes", "validation", "test", "probe sizes", "soft tokens"}
+    assert not list((tmp_path / "scratch").iterdir())
+    assert left == {"scratch", "seed-42", "tasks", "probes", "validation", "test", "probe sizes", "soft tokens"}
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
