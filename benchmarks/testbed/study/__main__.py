@@ -20,6 +20,7 @@ from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.study.jobs import Job, all_jobs
 from benchmarks.testbed.study.page import FIGURES, README, page
 from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.tasks import write_tasks
 from esmerge.errors import InputError
 
 
@@ -81,6 +82,7 @@ def main() -> None:
     if options.job is not None:
         jobs[options.job].run()
         return
+    write_tasks(places.tasks())
     failed = run_all(_with_needs(jobs, options.only), partial(_run_alone, places=places), options.workers)
     if failed is not None:
         raise InputError(f"the job {failed} failed: see {places.log(failed)}, then run the study again.")

@@ -29,7 +29,7 @@ from benchmarks.testbed.study.specialists import (
     write_recipe,
     write_untrained,
 )
-from benchmarks.testbed.study.tasks import TASKS, write_tasks
+from benchmarks.testbed.study.tasks import TASKS
 from lightning_modules.evaluation_results import results_file
 from lightning_modules.finetune import finetune
 from lightning_modules.finetune_recipe import load_finetuning_recipe
@@ -105,7 +105,6 @@ def _test_of_row(
     own = row(name)
 
     def run() -> None:
-        write_tasks(places.tasks())
         chosen = variant or chosen_variant(places, own)
         score_row(places, base, seed, own, chosen, places.test(seed, output), control=output in _CONTROLLED)
 
@@ -118,7 +117,6 @@ def _test(
     """Of a model that is no merge of a row."""
 
     def run() -> None:
-        write_tasks(places.tasks())
         score_on_test(places, model, base or model, output, control=False)
 
     last = max(TASKS, key=lambda task: task.test).name

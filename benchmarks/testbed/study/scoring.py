@@ -9,7 +9,7 @@ from benchmarks.testbed.report import evaluate_model
 from benchmarks.testbed.study.merges import merged, merged_in_all_ways
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import Row
-from benchmarks.testbed.study.tasks import SHUFFLED, TASKS, VALIDATION, write_tasks
+from benchmarks.testbed.study.tasks import SHUFFLED, TASKS, VALIDATION
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 
 CHOICE_FILE = "choice.json"
@@ -45,7 +45,6 @@ def score_on_test(places: Places, model: Path, base: Path, output: Path, control
 
 def score_probe_size(places: Places, base: Path, row: Row, variant: str, samples: int) -> None:
     """Evaluate a row's setting with another size of the probe on validation data."""
-    write_tasks(places.tasks())
     output = places.probe_size(row.name, samples)
     with merged(places, base, CHOOSING_SEED, row, variant, samples=samples) as (model, seconds):
         score = score_on_validation(places, model, base, output)
@@ -54,7 +53,6 @@ def score_probe_size(places: Places, base: Path, row: Row, variant: str, samples
 
 def choose(places: Places, base: Path, row: Row) -> None:
     """Evaluate all settings of a row on validation data and write down which is best; the first of equals."""
-    write_tasks(places.tasks())
     with merged_in_all_ways(places, base, CHOOSING_SEED, row) as models:
         scores = {
             name: score_on_validation(places, model, base, places.validation(row.name, name))

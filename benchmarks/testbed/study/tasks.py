@@ -9,7 +9,6 @@ import yaml
 
 import benchmarks.tasks
 from benchmarks.testbed.data import Modality
-from esmerge.results import write_whole
 
 _FOLDER = Path(benchmarks.tasks.__file__).parent
 VALIDATION = "validation"
@@ -66,4 +65,4 @@ def write_tasks(folder: Path) -> None:
 
 def _write(folder: Path, name: str, fields: Mapping[str, Any]) -> None:
     content = yaml.safe_dump({**fields, "name": name}, sort_keys=False, allow_unicode=True)
-    write_whole(folder / f"{name}.yaml", content)  # several jobs write them
+    (folder / f"{name}.yaml").write_text(content, encoding="utf-8")

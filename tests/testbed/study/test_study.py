@@ -107,6 +107,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     monkeypatch.setattr("benchmarks.testbed.study.merges.PROBE_SAMPLES", 3)
     seed, base = scoring.CHOOSING_SEED, llama / "base"
     made = all_jobs(places, base)
+    tasks.write_tasks(places.tasks())
     done = [
         "test/base",
         "choice/embedding_matching",
