@@ -141,10 +141,12 @@ class TextModality(Modality):
 
     Attributes:
         template: what an item becomes in the prompt, with `{item}` in it.
+        max_characters: longer items are cut off after that many characters; None for no limit.
     """
 
     kind: ClassVar[str] = "text"
     template: str = "{item}"
+    max_characters: int | None = Field(default=None, gt=0)
 
     def render(self, item: str) -> str:
         """The text that takes the placeholder's place.
@@ -154,7 +156,7 @@ class TextModality(Modality):
         """
         if not any(character.isalnum() for character in item):
             raise InputError(f"an item for {self.placeholder} is empty ({item!r}): fill it in or leave it out.")
-        return self.template.replace("{item}", item)
+        return self.template.replace("{item}", item[: self.max_characters])
 
     @property
     def weightless(self) -> bool:

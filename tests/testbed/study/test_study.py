@@ -93,11 +93,11 @@ def test_an_untrained_specialist_is_the_base_with_encoders_that_depend_on_the_se
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}-{seed}"
         specialists.write_untrained(llama / "base", MODALITIES, seed, folder)
     one, again, other = sorted(tmp_path.iterdir())
-    for file in ("adapter_model.safetensors", "modalities/protein/model.safetensors"):
+    for file in ("adapter_model.safetensors", "modalities/molecule/model.safetensors"):
         assert (one / file).read_bytes() == (again / file).read_bytes() != (other / file).read_bytes()
     model, processor = load_model(one, llama / "base", torch.float32)
     plain, _ = load_model(llama / "base", dtype=torch.float32)
-    assert set(model.encoders) == {"molecule", "protein"} and set(processor.modalities) == set(MODALITIES)
+    assert set(model.encoders) == {"molecule"} and set(processor.modalities) == set(MODALITIES)
     ids = {"input_ids": torch.tensor([[5, 6, 7]])}
     assert torch.equal(model(**ids).logits, plain(**ids).logits)
 
