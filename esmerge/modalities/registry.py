@@ -83,8 +83,9 @@ def modality_from_settings(settings: Mapping[str, Any], source: str, folder: Pat
 
 
 def modality_settings(modality: Modality) -> dict[str, Any]:
-    """The settings that make the modality again."""
-    return {"kind": modality.kind, **modality.model_dump(mode="json")}
+    """The settings that make the modality again; None is what is left out."""
+    fields = modality.model_dump(mode="json").items()
+    return {"kind": modality.kind, **{name: value for name, value in fields if value is not None}}
 
 
 def open_modality(folder: Path) -> Modality:
