@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import combine, element_coefficients
-from esmerge.deltas import Delta, LoraDelta, ValueDelta, is_finite
+from esmerge.deltas import Delta, LoraDelta, ShiftDelta, ValueDelta, is_finite
 from esmerge.low_rank import balanced_factors, kept_energy, refactor, truncated_svd
 from esmerge.methods import Method
 from esmerge.methods.registry import Matcher, accepted
@@ -412,6 +412,13 @@ def merge_dense(merger: Merger, name: str, layer: int | None, stream: TensorStre
     """The merged delta of a tensor, whole, float32."""
     blocks = [merged for _, _, merged, _ in merged_blocks(merger, name, layer, stream)]
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def merge_to_delta(merger: Merger, name: str, layer: int | None, stream: TensorStream) -> Delta:
+    """The merged delta of a tensor as one that a layer can be run with; low-rank where that takes no truncation."""
+    if (pairs := _factors_of_sum(merger, name, layer, stream)) is not None:
+        return LoraDelta(torch.cat(pairs[1]), torch.cat(pairs[0], dim=1), 1.0)
+    return ShiftDelta(merge_dense(merger, name, layer, stream))
 
 
 def merge_low_rank(

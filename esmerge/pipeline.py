@@ -15,16 +15,18 @@ from esmerge import results
 from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import layer_coefficients
 from esmerge.comparison import DeltaComparison, DeltaObserver
+from esmerge.deltas import Delta
 from esmerge.distances import random_directions
 from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
-from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients
-from esmerge.methods import METHODS
+from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
+from esmerge.methods import METHODS, Method
+from esmerge.names import inner_name
 from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.remote_code import code_files
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals, Positions
+from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge, Positions
 from esmerge.sources import Source, content_hash
 from esmerge.specialists import Specialist, are_twins
 from esmerge.writing import Output, make_output, write_all
@@ -166,15 +168,12 @@ def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, inputs
 def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     """The recipe's coefficients and method."""
     recipe = plan.recipe
-    method = METHODS[recipe.method.name]
-    parameters = method.parameters.model_validate(recipe.method.parameters).model_dump()
     settings, names = recipe.coefficients, list(recipe.specialists)
-    positions = _positions(plan)
-    inputs = signals.inputs.get(positions, {}) if signals is not None and positions is not None else {}
+    inputs = signals.inputs.get(_inputs_key(plan), {}) if signals is not None else {}
     if not isinstance(settings, SignalsRecipe):
-        fixed = FixedCoefficients(lambda name: settings.numbers(name, names))
-        return Merger(fixed, method, parameters, recipe.seed, inputs)
+        return _fixed_merger(plan, inputs)
     assert signals is not None
+    method, parameters = _method(plan)
     if method.name == "linear":
         # Each element's coefficients sum to 1 as the paper defines them; dividing again would change the last digits.
         parameters["normalize"] = False
@@ -188,14 +187,53 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     return Merger(coefficients, method, parameters, recipe.seed, inputs)
 
 
+def _fixed_merger(plan: Plan, inputs: Inputs) -> Merger:
+    settings, names = plan.recipe.coefficients, list(plan.recipe.specialists)
+    assert not isinstance(settings, SignalsRecipe)
+    coefficients = FixedCoefficients(lambda name: settings.numbers(name, names))
+    return Merger(coefficients, *_method(plan), plan.recipe.seed, inputs)
+
+
+def _method(plan: Plan) -> tuple[Method, dict[str, Any]]:
+    """The recipe's method, and all its parameters."""
+    method = METHODS[plan.recipe.method.name]
+    return method, method.parameters.model_validate(plan.recipe.method.parameters).model_dump()
+
+
+def _layer_merge(plan: Plan) -> LayerMerge:
+    """The merge of a plan whose layers read what merged layers hand on."""
+    device = torch.device(plan.recipe.device)
+
+    def merge_layer(number: int, inputs: Inputs) -> dict[str, Delta]:
+        merger, deltas = _fixed_merger(plan, inputs), {}
+        for target in plan.merged:
+            if target.layer == number:
+                stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
+                deltas[inner_name(target.name)] = merge_to_delta(merger, target.name, number, stream)
+        return deltas
+
+    positions = _positions(plan)
+    assert positions is not None
+    return LayerMerge(_inputs_key(plan), positions, merge_layer)
+
+
 def _signals(plan: Plan, scratch: Scratch, progress: bool, others: Sequence[Plan] = ()) -> EmbeddingSignals | None:
     """What the probe tells, for a plan and for others with the same inputs; None if none of them needs one."""
     if not plan.recipe.needs_probe:
         return None
     from esmerge.probing import measure_signals
 
-    wanted = {positions for own in (plan, *others) if (positions := _positions(own)) is not None}
-    return measure_signals(plan, scratch, progress, sorted(wanted))
+    plans = {_inputs_key(own): own for own in (plan, *others)}
+    merges = [_layer_merge(own) for own in plans.values() if own.recipe.method.follows_merged]
+    wanted = {_positions(own) for own in plans.values() if not own.recipe.method.follows_merged} - {None}
+    return measure_signals(plan, scratch, progress, sorted(filter(None, wanted)), merges)
+
+
+def _inputs_key(plan: Plan) -> str:
+    """Under which signals keep what the linear layers of a plan's specialists read."""
+    if plan.recipe.method.follows_merged:
+        return plan.recipe.model_dump_json(include={"method", "coefficients"})
+    return _positions(plan) or ""
 
 
 def _positions(plan: Plan) -> Positions | None:

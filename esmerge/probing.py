@@ -18,7 +18,7 @@ from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
 from esmerge.remote_code import FLAG
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals, Positions, ProbedSpecialist, SignalSettings, embedding_signals
+from esmerge.signals import EmbeddingSignals, LayerMerge, Positions, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
 from esmerge.targets import Target
 
@@ -27,11 +27,18 @@ from esmerge.targets import Target
 ENCODER_BATCH_SIZE = 8
 
 
-def measure_signals(plan: Plan, scratch: Scratch, progress: bool, inputs: Sequence[Positions] = ()) -> EmbeddingSignals:
+def measure_signals(
+    plan: Plan,
+    scratch: Scratch,
+    progress: bool,
+    inputs: Sequence[Positions] = (),
+    merges: Sequence[LayerMerge] = (),
+) -> EmbeddingSignals:
     """Measure the embedding signals that a plan's recipe asks for.
 
     Args:
         inputs: at which positions to keep what linear layers read.
+        merges: to do on the way.
     """
     recipe = plan.recipe
     assert recipe.probe is not None
@@ -56,6 +63,7 @@ def measure_signals(plan: Plan, scratch: Scratch, progress: bool, inputs: Sequen
         ),
         scratch,
         progress,
+        merges,
     )
 
 

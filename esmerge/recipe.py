@@ -191,6 +191,11 @@ class MethodRecipe(BaseModel):
         return METHODS[self.name].match is not None
 
     @property
+    def follows_merged(self) -> bool:
+        """Whether what layers read comes from merged layers before them."""
+        return self.parameters.get("activations") == "merged"
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """The method's parameters, as the recipe gives them."""
         return dict(self.model_extra or {})
@@ -308,6 +313,11 @@ class Recipe(_Strict):
             if isinstance(self.coefficients, SignalsRecipe) and self.coefficients.granularity != "layer":
                 raise ValueError(
                     f"coefficients.granularity: method {self.method.name} takes one number per specialist; use layer"
+                )
+            if isinstance(self.coefficients, SignalsRecipe) and self.method.follows_merged:
+                raise ValueError(
+                    "method.activations: merged layers are needed before signals are known; use specialist, or numbers "
+                    "as coefficients"
                 )
         if self.space == "factors" and self.output.rank is not None:
             raise ValueError(

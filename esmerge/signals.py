@@ -29,6 +29,8 @@ from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 Distance = Literal["mse", "frobenius"]
 # At which positions inputs of linear layers are taken: of the specialist's own modality, or all up to the last item.
 Positions = Literal["own", "all"]
+# By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
+Inputs = dict[str, list[Spooled]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,25 @@ class ProbedSpecialist:
     name: str
     layer_deltas: Callable[[int], dict[str, Delta]]
     norm_deltas: Callable[[], dict[str, Delta]] = dict
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """A merge that is done layer by layer while the probe passes, so that layers can read what merged layers hand on.
+
+    As RegMean++ has it (Nguyen et al. 2025, arXiv 2508.03121, section 3): a specialist's layer gets the hidden states
+    that come out of the merged layers before it.
+
+    Attributes:
+        key: under which what linear layers read is kept.
+        positions: where.
+        merge: from the number of a layer and what its linear layers read in each specialist, by canonical name of their
+            weight, its merged deltas, by parameter name inside the layer.
+    """
+
+    key: str
+    positions: Positions
+    merge: Callable[[int, "Inputs"], dict[str, Delta]]
 
 
 @dataclass(frozen=True)
@@ -84,14 +105,14 @@ class EmbeddingSignals:
         scores: by tensor name, one score per specialist. Tensor names are canonical (`layers.N.<module>.weight`);
             `layers.N.<module>.lora_a.weight` and `.lora_b.weight` for scores of factors.
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
-        inputs: by positions and canonical name of a weight, [n, in] for each specialist, if they were to be kept.
+        inputs: by positions or by the key of a layer-wise merge, what linear layers read, if it was to be kept.
     """
 
     distances: Tensor
     planes: Tensor
     scores: dict[str, list[Score]] = field(default_factory=dict)
     responses: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    inputs: dict[Positions, dict[str, list[Spooled]]] = field(default_factory=dict)
+    inputs: dict[str, Inputs] = field(default_factory=dict)
 
 
 def embedding_signals(
@@ -101,11 +122,13 @@ def embedding_signals(
     settings: SignalSettings,
     scratch: Scratch,
     progress: bool = True,
+    merges: Sequence[LayerMerge] = (),
 ) -> EmbeddingSignals:
     """Measure the embedding signals of all specialists in one pass over the decoder's layers.
 
     Args:
         scratch: takes the scores of weights, which together are as large as the model.
+        merges: to do on the way.
 
     Raises:
         InputError: if an embedding is not finite, with the layer and the tensor that is to blame.
@@ -124,19 +147,19 @@ def embedding_signals(
     ]
     base_states = [batch.first for batch in batches]
     states = [list(base_states) for _ in specialists]
+    merged_states = [list(base_states) for _ in merges]
     signals = EmbeddingSignals(
         torch.zeros(count, len(modalities), backbone.num_layers, dtype=torch.float64),
         torch.zeros(len(modalities), 1 + count, backbone.num_layers, probe.size, 2),
     )
-    steps = backbone.num_layers * (1 + count)
+    steps = backbone.num_layers * (1 + count + len(merges))
     with tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress) as bar:
         for number, layer in enumerate(backbone.iterate_layers()):
             last = number == backbone.num_layers - 1
             norm = backbone.final_norm()[1] if last else nn.Identity()
             far = partial(_distance, norm=norm, distance=settings.distance)
             with torch.no_grad():
-                for index, batch in enumerate(batches):
-                    base_states[index] = run_layer(layer, base_states[index], batch.arguments[number])
+                _push(layer, number, batches, base_states)
                 targets = [norm(state) for state in base_states]
             pooled = [_pool(base_states, batches)]
             bar.update()
@@ -150,9 +173,9 @@ def embedding_signals(
                 with attached(norm, specialist.norm_deltas() if last else {}), reading:
                     _advance(layer, number, batches, states[i], gradients, targets, far, measured, reading)
                 for positions, found in reading.spooled(scratch).items():
-                    for name, inputs in found.items():
-                        of = signals.inputs.setdefault(positions, {}).setdefault(f"layers.{number}.{name}", [])
-                        of.append(inputs)
+                    kept = signals.inputs.setdefault(positions, {})
+                    for name, spooled in found.items():
+                        kept.setdefault(f"layers.{number}.{name}", []).append(spooled)
                 for name, score in gradients.scores(scratch).items():
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
                 pooled.append(_pool(states[i], batches))
@@ -161,7 +184,45 @@ def embedding_signals(
             if not responses.isfinite().all():
                 raise InputError(_blame(responses, number, layer, backbone, specialists))
             _enter_distances(signals, responses, number, directions, modalities, settings)
+            owns = [modalities.index(specialist.name) for specialist in specialists]
+            for merge, own_states in zip(merges, merged_states, strict=True):
+                inputs = _read(layer, number, batches, own_states, deltas, touched, owns, merge.positions, scratch)
+                signals.inputs.setdefault(merge.key, {}).update(inputs)
+                if not last:
+                    with attached(layer, merge.merge(number, inputs)), torch.no_grad():
+                        _push(layer, number, batches, own_states)
+                bar.update()
     return signals
+
+
+def _push(layer: nn.Module, number: int, batches: Sequence["_Batch"], states: list[Tensor]) -> None:
+    """Push hidden states through a layer as it is."""
+    for index, batch in enumerate(batches):
+        states[index] = run_layer(layer, states[index], batch.arguments[number])
+
+
+def _read(
+    layer: nn.Module,
+    number: int,
+    batches: Sequence["_Batch"],
+    states: Sequence[Tensor],
+    deltas: Sequence[Mapping[str, Delta]],
+    touched: Sequence[str],
+    owns: Sequence[int],
+    positions: Positions,
+    scratch: Scratch,
+) -> Inputs:
+    """What the linear layers of each specialist's version of a layer read where all get the same hidden states."""
+    inputs: Inputs = {}
+    for own, changes in zip(owns, deltas, strict=True):
+        reading = _Reading(layer, touched, own, [positions])
+        with attached(layer, changes), reading, torch.no_grad():
+            for state, batch in zip(states, batches, strict=True):
+                reading.batch = batch
+                run_layer(layer, state, batch.arguments[number])
+        for name, found in reading.spooled(scratch)[positions].items():
+            inputs.setdefault(f"layers.{number}.{name}", []).append(found)
+    return inputs
 
 
 def _advance(

@@ -17,6 +17,7 @@ from esmerge.methods.registry import Finite, MakeMatcher, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
 Tokens = Literal["own", "all"]
+Activations = Literal["specialist", "merged"]
 # Columns of the inputs that are in float64 at a time.
 _COLUMNS = 1 << 10
 
@@ -157,6 +158,7 @@ def embedding_matching(
     weights: Tensor,
     *,
     tokens: Tokens = "own",
+    activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
@@ -171,6 +173,8 @@ def embedding_matching(
         weights: one number per specialist.
         tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, or `all` up
             to the last item.
+        activations: whose layers hand on what the next layer of a specialist reads: the `specialist`'s own, or the
+            `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3).
         shrink: what off-diagonal elements of each X_i^T X_i are multiplied by; smaller resists noise.
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
@@ -183,6 +187,7 @@ def regmean(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
+    activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
@@ -191,6 +196,7 @@ def regmean(
 
     Args:
         weights: one number per specialist.
+        activations: as of `embedding_matching`; `merged` makes it RegMean++.
         shrink: what off-diagonal elements of each X_i^T X_i are multiplied by (their alpha).
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.

@@ -138,6 +138,53 @@ def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, cou
     assert list(record["inputs"]["probe"]) == [content["probe"]["tensors"]]
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_path, full):
+    """RegMean++, against plain models whose first layers are replaced by merged ones, layer by layer."""
+    method = {"name": "regmean", "activations": "merged", "shrink": 0.8, "lambda": 1.2}
+    content, _ = probed(5, method)
+    probe = load_file(llama / content["probe"]["tensors"])
+    positions = probe["attention_mask"].bool() & (torch.arange(LENGTH) < 10)
+    models = {}
+    for name in NAMES:
+        base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+        models[name] = PeftModel.from_pretrained(base, llama / name).merge_and_unload()
+        if full:
+            models[name].save_pretrained(tmp_path / name)
+            content["specialists"][name] = {"model": str(tmp_path / name)}
+    base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32).model.layers
+    folder = merge(content | {"output": {"format": "full", "dtype": "float32"}}, f"merged-{full}")
+    merged = load_file(folder / "model.safetensors")
+    for number, layer in enumerate(base):
+        modules = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+        assert len(modules) == 7
+        read = {module: {} for module in modules}
+        for name, model in models.items():
+
+            def note(_, arguments, into):
+                into[0][into[1]] = arguments[0].detach()[positions]
+
+            handles = [
+                model.model.layers[number]
+                .get_submodule(module)
+                .register_forward_pre_hook(lambda m, arguments, into=(read[module], name): note(m, arguments, into))
+                for module in modules
+            ]
+            with torch.no_grad():
+                model(inputs_embeds=probe["inputs_embeds"], attention_mask=probe["attention_mask"])
+            for handle in handles:
+                handle.remove()
+        for module in modules:
+            weight = layer.get_submodule(module).weight.detach()
+            weights = {name: model.model.layers[number].get_submodule(module).weight for name, model in models.items()}
+            deltas = [weights[name].detach() - weight for name in NAMES]
+            expected = 1.2 * normal_equations(deltas, [1 / 3] * 3, [read[module][name] for name in NAMES], 0.8, False)
+            found = merged[f"model.layers.{number}.{module}.weight"]
+            torch.testing.assert_close((found - weight).double(), expected, rtol=1e-3, atol=1e-4)
+            for own in weights.values():
+                own.data.copy_(found)
+
+
 def test_full_checkpoints_give_what_adapters_give(llama, merge, probed, tmp_path):
     """Deltas that are values are merged in blocks of rows, low-rank ones by their factors."""
     content, read = probed(4, "embedding_matching")
@@ -180,6 +227,13 @@ def test_signals_can_weigh_the_terms(llama, merge, probed):
         ({"coefficients": {"from": "embedding_signals"}}, "granularity: method embedding_matching takes one number"),
         ({"method": {"name": "embedding_matching", "shrink": 1.0}}, "shrink"),
         ({"method": {"name": "embedding_matching", "tokens": "some"}}, "tokens"),
+        (
+            {
+                "coefficients": {"from": "embedding_signals", "granularity": "layer"},
+                "method": {"name": "embedding_matching", "activations": "merged"},
+            },
+            "method.activations: merged layers are needed before signals are known; use specialist, or numbers",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(llama, recipe, esmerge, tmp_path, change, said):
@@ -201,11 +255,13 @@ def test_several_methods_are_compared_with_one_probe(llama, probed, esmerge, tmp
     content["probe"]["tensors"] = str(llama / content["probe"]["tensors"])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     methods = ["linear", "embedding_matching", "{name: embedding_matching, tokens: all}", "regmean"]
+    methods += ["{name: embedding_matching, activations: merged}", "{name: regmean, activations: merged}"]
     options = [word for method in methods for word in ("--method", method)]
     code, _, err = esmerge("compare", tmp_path / "recipe.yaml", "-o", tmp_path / "compared", "--quiet", *options)
     assert code == 0, err
     folders = sorted((tmp_path / "compared").iterdir())
     assert len(folders) == len(methods)
     merged = [load_file(folder / "adapter_model.safetensors") for folder in folders]
-    key = next(name for name in merged[0] if "lora_A" in name)
+    # The first layer has none before it.
+    key = next(name for name in merged[0] if "layers.1" in name and "lora_A" in name)
     assert len({tensors[key].numpy().tobytes() for tensors in merged}) == len(methods)

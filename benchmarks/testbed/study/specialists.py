@@ -27,8 +27,8 @@ TASKS: dict[Modality, tuple[str, ...]] = {
     "cell": ("tissue", "cell_sensitivity"),
 }
 # Chosen for the time that training takes: half an hour to an hour each, on one core.
-_EPOCHS: dict[Modality, int] = {"molecule": 3, "protein": 2, "cell": 4}
-_BATCH_SIZES: dict[Modality, int] = {"molecule": 16, "protein": 16, "cell": 8}
+_EPOCHS: dict[Modality, int] = {"molecule": 3, "protein": 4, "cell": 4}
+_BATCH_SIZES: dict[Modality, int] = {"molecule": 16, "protein": 8, "cell": 8}
 # Of few proteins.
 _REPEAT: dict[Modality, dict[str, int]] = {"molecule": {}, "protein": {"target_binding": 2}, "cell": {}}
 _SAMPLES: dict[Modality, int] = {"molecule": 1200, "protein": 1600, "cell": 700}
