@@ -56,10 +56,19 @@ def merged_in_all_ways(
     places: Places, base: Path, seed: int, row: Row, samples: int = PROBE_SAMPLES
 ) -> Iterator[dict[str, Path]]:
     """Yields the merged models of a row's settings by name, which are gone afterwards."""
-    recipe = recipe_of(places, base, seed, row, next(iter(row.variants.values())), EXACT, samples)
+    # What signals are measured with is the same for all that are merged together.
+    together: dict[tuple[Any, ...], dict[str, Variant]] = {}
+    for name, variant in row.variants.items():
+        fields = variant["coefficients"] if isinstance(variant["coefficients"], dict) else {}
+        together.setdefault((fields.get("distance"), fields.get("tokens")), {})[name] = variant
     with _scratch(places.scratch(row.name, seed)) as folder:
-        compare(recipe, row.variants, folder, progress=False)
-        yield {name: folder / name for name in row.variants}
+        folder.mkdir()
+        found: dict[str, Path] = {}
+        for number, variants in enumerate(together.values()):
+            recipe = recipe_of(places, base, seed, row, next(iter(variants.values())), EXACT, samples)
+            compare(recipe, variants, folder / str(number), progress=False)
+            found |= {name: folder / str(number) / name for name in variants}
+        yield found
 
 
 @contextmanager

@@ -119,8 +119,13 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def _signals(granularity: str, **settings: float) -> dict[str, Any]:
+def _signals(granularity: str, **settings: float | str) -> dict[str, Any]:
     return {"from": "embedding_signals", "granularity": granularity, **settings}
+
+
+def _doubled(granularity: str, **settings: float | str) -> Variant:
+    method = {"name": "task_arithmetic", "lambda": 2.0}
+    return {"method": method, "coefficients": _signals(granularity, **settings)}
 
 
 def _matching(**parameters: Any) -> Variant:
@@ -134,6 +139,12 @@ VARIATIONS: tuple[Row, ...] = (
         "matching_positions",
         "matching: whose positions",
         {"own modality": _matching(), "all up to the last item": _matching(tokens="all")},
+        True,
+    ),
+    Row(
+        "matching_activations",
+        "matching: what layers read comes from",
+        {"specialist": _matching(), "merged layers (RegMean++)": _matching(activations="merged")},
         True,
     ),
     Row(
@@ -155,6 +166,22 @@ VARIATIONS: tuple[Row, ...] = (
             "equal": _matching(),
             "ES layer, temperature 0.5": {**_matching(), "coefficients": _signals("layer", temperature=0.5)},
             "ES layer, temperature 2": {**_matching(), "coefficients": _signals("layer", temperature=2.0)},
+        },
+        True,
+    ),
+    Row(
+        "es_alpha",
+        "ES layer, weights, lambda 2: alpha, the weight of the other modalities",
+        {f"{alpha}": _doubled("layer", alpha=alpha, temperature=2.0) for alpha in (-0.5, 0.0, 0.5, 1.0)},
+        True,
+    ),
+    Row(
+        "es_distance",
+        "ES element, weights, lambda 2: distance and whose tokens",
+        {
+            "mse, own": _doubled("element", tau=1.0),
+            "frobenius, own": _doubled("element", tau=1.0, distance="frobenius"),
+            "frobenius, all": _doubled("element", tau=1.0, distance="frobenius", tokens="all"),
         },
         True,
     ),
