@@ -17,6 +17,7 @@ from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
 from benchmarks.testbed.study.figures import line_figure, runtime_figure, save, score_figure
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
 from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.provenance import data_table, trainings_table, versions_sentence
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
 from benchmarks.testbed.study.rows import ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
@@ -194,6 +195,13 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         "### Figures",
         *(f"![{file.stem.replace('_', ' ')}]({file.relative_to(readme.parent).as_posix()})" for file in drawn),
     ]
+    if found.scores:
+        parts += [
+            "### What this was made from",
+            versions_sentence(places),
+            trainings_table(places),
+            data_table(places),
+        ]
     write_table("\n\n".join(parts), readme, BEGIN, END)
 
 

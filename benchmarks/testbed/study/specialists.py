@@ -82,7 +82,7 @@ def training_recipe(base: Path, modality: Modality, seed: int, untrained: Path) 
 def joint_recipe(base: Path, seed: int, untrained: Path) -> dict[str, Any]:
     """The recipe of one adapter that learns everything at once: what merging cannot be expected to exceed."""
     repeat = {task: count for own in _REPEAT.values() for task, count in own.items()}
-    own = {"tasks": _all_tasks(), "repeat": repeat, "samples": 700, "epochs": 2}
+    own = {"tasks": _all_tasks(), "repeat": repeat, "samples": 1200, "epochs": 2, "batch_size": 8}
     return {**_recipe(base, seed, untrained), **own, "train_encoders": True, "learning_rate": 1e-3}
 
 

@@ -14,6 +14,7 @@ from benchmarks.testbed.study.jobs import Job, all_jobs
 from benchmarks.testbed.study.merges import EXACT, recipe_of
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import BUDGET, PUBLISHED, PUBLISHED_VARIANT, ROWS, row
+from esmerge.errors import InputError
 from esmerge.methods import METHODS
 from esmerge.mllm.loading import load_model
 from lightning_modules.finetune_recipe import FinetuningRecipe
@@ -145,6 +146,18 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert {cell.strip() for cell in ties.split("|")[2:-2]} == {page.NOTHING}
     for name in ("overall", "runtime", "probe_size", "distances", "coefficients", "embeddings_cell"):
         assert (tmp_path / "figures" / f"{name}.png").exists() and f"(figures/{name}.png)" in readme.read_text()
+
+    # What was asked is told once per task, and results of other data are not mixed with it.
+    asked = [line for line in lines if line.startswith("| `b3db` ")]
+    file = places.test(seed, "uniform") / "results" / "b3db.json"
+    result = json.loads(file.read_text())
+    digest = result["run"]["samples"].partition(":")[2]
+    assert len(asked) == 1 and f"| {digest[:12]} " in asked[0]
+    assert any(f"torch {torch.__version__}" in line for line in lines)
+    result["run"]["samples"] = "sha256:0"
+    file.write_text(json.dumps(result))
+    with pytest.raises(InputError, match="b3db was asked with other data"):
+        page.page(places, readme, tmp_path / "figures")
 
 
 def test_means_are_over_the_tasks_that_count():

@@ -1,0 +1,81 @@
+"""What the study's results were made from, and how long it took: read from the records beside them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.testbed.data import MODALITIES
+from benchmarks.testbed.results_table import markdown_table
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.specialists import SEEDS
+from esmerge.errors import InputError
+from lightning_modules.evaluation_results import RESULTS_FOLDER, read_results
+from lightning_modules.finetune import RECORD
+
+# Of hashes, as many characters as tell them apart.
+_SHOWN = 12
+
+
+def data_table(places: Places) -> str:
+    """Of every task that was asked: how many samples of which data.
+
+    Raises:
+        InputError: if results of one task are of different data.
+    """
+    asked: dict[str, tuple[tuple[str, ...], Path]] = {}
+    for file, result in _results(places):
+        run = result["run"]
+        own = (f"{result['task']['version']}", f"{result['samples']}", _short(run["samples"]))
+        known, other = asked.setdefault(result["task"]["name"], (own, file))
+        if known != own:
+            raise InputError(
+                f"{file}: {result['task']['name']} was asked with other data than in {other}; delete what is older "
+                "and run the study again."
+            )
+    rows = [[f"`{name}`", *own] for name, (own, _) in sorted(asked.items())]
+    return markdown_table(["task", "version", "samples", "hash of ids, answers and groups"], rows)
+
+
+def trainings_table(places: Places) -> str:
+    """Of every model that was trained: its weights, steps and minutes."""
+    rows = []
+    for seed in SEEDS:
+        for file in sorted(places.model(seed, "any").parent.glob(f"*/{RECORD}"), key=_place):
+            record = yaml.safe_load(file.read_text(encoding="utf-8"))
+            samples = ", ".join(f"{task} {count}" for task, count in record["samples"].items())
+            recipe = record["recipe"]
+            how = f"{recipe['epochs']} x {samples}"
+            rows.append([file.parent.name, f"{seed}", how, f"{record['steps']}", f"{record['seconds'] / 60:.0f}"])
+    return markdown_table(["model", "seed", "epochs x samples", "steps", "minutes"], rows)
+
+
+def versions_sentence(places: Places) -> str:
+    """The versions of all packages that wrote results, the base's hash, and how long evaluating took."""
+    versions: dict[str, set[str]] = {}
+    bases = set()
+    seconds = 0.0
+    for _, result in _results(places):
+        for package, version in result["versions"].items():
+            versions.setdefault(package, set()).add(version)
+        bases.add(_short(result["model"].get("base", result["model"])["hash"]))
+        seconds += result["seconds"]
+    shown = ", ".join(f"{package} {' and '.join(sorted(own))}" for package, own in versions.items())
+    return f"Base {' and '.join(sorted(bases))}; {shown}. Evaluating took {seconds / 3600:.1f} hours."
+
+
+def _results(places: Places) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for part in ("test", "validation", "probe sizes"):
+        for file in sorted((places.root / part).glob(f"**/{RESULTS_FOLDER}/*.json")):
+            yield file, read_results(file)
+
+
+def _place(file: Path) -> tuple[int, str]:
+    name = file.parent.name
+    order: list[str] = list(MODALITIES)
+    return (order.index(name) if name in order else len(order)), name
+
+
+def _short(digest: str) -> str:
+    return digest.partition(":")[2][:_SHOWN]
