@@ -32,7 +32,15 @@ LLAMA_3_1_8B: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "max_position_embeddings": 131072,
 }
-SPACES = ("factors", "weights")
+_SIGNALS = {"from": "embedding_signals", "granularity": "both"}
+_MATCHING = {"name": "embedding_matching"}
+# What the recipe says about each way to merge.
+WAYS: dict[str, dict[str, Any]] = {
+    "factors": {"coefficients": _SIGNALS, "space": "factors"},
+    "weights": {"coefficients": _SIGNALS, "space": "weights"},
+    "matching": {"coefficients": "uniform", "method": _MATCHING},
+    "matching-merged": {"coefficients": "uniform", "method": _MATCHING | {"activations": "merged"}},
+}
 
 
 def prepare(folder: Path, inputs: int, positions: int) -> None:
@@ -50,18 +58,17 @@ def prepare(folder: Path, inputs: int, positions: int) -> None:
     write_tensors(folder / "probe.safetensors", {"inputs_embeds": embeds, "attention_mask": attention, **masks})
 
 
-def merge(folder: Path, space: str) -> Usage:
+def merge(folder: Path, way: str) -> Usage:
     """Run the merge as anyone would, and measure the process from outside."""
     recipe = {
         "base": "base",
         "specialists": {name: {"model": name} for name in MODALITIES},
         "probe": {"tensors": "probe.safetensors"},
-        "coefficients": {"from": "embedding_signals", "granularity": "both"},
-        "space": space,
+        **WAYS[way],
     }
-    (folder / f"{space}.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / f"{way}.yaml").write_text(yaml.safe_dump(recipe))
     esmerge = [sys.executable, "-c", "from esmerge.cli import main; main()"]
-    return run_measured([*esmerge, "merge", f"{space}.yaml", "-o", f"merged-{space}"], folder)
+    return run_measured([*esmerge, "merge", f"{way}.yaml", "-o", f"merged-{way}"], folder)
 
 
 def main() -> None:
@@ -70,7 +77,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where there is room for the checkpoint")
     parser.add_argument("--inputs", type=int, default=4, help="number of probe inputs (%(default)s)")
     parser.add_argument("--positions", type=int, default=48, help="of each probe input (%(default)s)")
-    parser.add_argument("--spaces", nargs="+", default=SPACES, choices=SPACES)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="to merge")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint and the results in the folder")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -78,18 +85,18 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="merge-8b-", dir=options.folder))
     try:
         prepare(folder, options.inputs, options.positions)
-        usages = {space: merge(folder, space) for space in options.spaces}
+        usages = {way: merge(folder, way) for way in options.ways}
     finally:
         if not options.keep:
             shutil.rmtree(folder)
     rows = []
-    for space, usage in usages.items():
+    for way, usage in usages.items():
         memory = [f"{size / 1e9:.2f} GB" for size in (usage.peak_rss, usage.peak_anonymous)]
-        rows.append([space, f"{usage.seconds:.0f} s", *memory])
+        rows.append([way, f"{usage.seconds:.0f} s", *memory])
     print(f"\n{machine()}\n")
-    print(markdown_table(["space", "time", "peak resident memory", "of it anonymous"], rows))
+    print(markdown_table(["way", "time", "peak resident memory", "of it anonymous"], rows))
     if options.json:
-        figures = {"machine": machine(), "spaces": {space: asdict(usage) for space, usage in usages.items()}}
+        figures = {"machine": machine(), "ways": {way: asdict(usage) for way, usage in usages.items()}}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
