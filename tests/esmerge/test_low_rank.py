@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esmerge.low_rank import refactor, truncated_svd
 
@@ -51,6 +52,30 @@ def factors(request):
     bs = [random(m, rank, seed=rank) for rank in ranks]
     factors_a = [random(rank, n, seed=10 + rank) for rank in ranks]
     return bs, factors_a, sum(b @ a for b, a in zip(bs, factors_a, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Takes down the number of elements of the largest tensor that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_refactor_never_forms_the_dense_matrix():
+    m, n, rank = 200, 300, 4
+    bs, factors_a = [random(m, rank, seed=i) for i in range(3)], [random(rank, n, seed=9 + i) for i in range(3)]
+    with Largest() as largest:
+        refactor(bs, factors_a, 3 * rank)
+    assert largest.elements == max(m, n) * 3 * rank
+    with Largest() as largest:
+        bs[0] @ factors_a[0]
+    assert largest.elements == m * n
 
 
 @pytest.mark.parametrize("rank", [10, 16])
