@@ -41,6 +41,10 @@ class Places:
         """A text file of items for each modality."""
         return self.root / "probes" / str(samples)
 
+    def embeddings(self, seed: int) -> Path:
+        """What base and specialists make of the probe."""
+        return self.root / f"seed-{seed}" / "embeddings.safetensors"
+
     def validation(self, row: str, variant: str = "") -> Path:
         """Results of a setting of a row on validation data; of all of them, and which was chosen."""
         return self.root / "validation" / row / variant

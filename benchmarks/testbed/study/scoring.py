@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.testbed.report import evaluate_model
+from benchmarks.testbed.study.embeddings import GapMeter
 from benchmarks.testbed.study.merges import merged, merged_in_all_ways
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import Row
@@ -52,14 +53,19 @@ def score_probe_size(places: Places, base: Path, row: Row, variant: str, samples
 
 
 def choose(places: Places, base: Path, row: Row) -> None:
-    """Evaluate all settings of a row on validation data and write down which is best; the first of equals."""
+    """Evaluate all settings of a row on validation data and write down which is best; the first of equals.
+
+    What embeddings alone tell of them is written down too, and decides nothing.
+    """
+    meter = GapMeter(places, base, CHOOSING_SEED)
     with merged_in_all_ways(places, base, CHOOSING_SEED, row) as models:
+        gaps = {name: meter(model) for name, model in models.items()}
         scores = {
             name: score_on_validation(places, model, base, places.validation(row.name, name))
             for name, model in models.items()
         }
     chosen = max(scores, key=scores.__getitem__)
-    content = json.dumps({"chosen": chosen, "scores": scores}, indent=2) + "\n"
+    content = json.dumps({"chosen": chosen, "scores": scores, "gaps": gaps}, indent=2) + "\n"
     write_whole(places.validation(row.name) / CHOICE_FILE, content)
 
 

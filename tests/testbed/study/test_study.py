@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.testbed.data import MODALITIES
-from benchmarks.testbed.study import jobs, page, results, rows, scoring, specialists, tasks
+from benchmarks.testbed.study import embeddings, jobs, page, results, rows, scoring, specialists, tasks
 from benchmarks.testbed.study.__main__ import _with_needs, run_all
 from benchmarks.testbed.study.jobs import Job, all_jobs
 from benchmarks.testbed.study.merges import EXACT, recipe_of
@@ -126,6 +126,8 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     choice = json.loads((places.validation("embedding_matching") / scoring.CHOICE_FILE).read_text())
     assert set(choice["scores"]) == set(row("embedding_matching").variants)
     assert choice["scores"][choice["chosen"]] == max(choice["scores"].values())
+    # Matching the specialists' embeddings brings the merged model nearer to them than the base is.
+    assert set(choice["gaps"]) == set(choice["scores"]) and max(choice["gaps"].values()) < 1
     record = (places.test(seed, "embedding_matching") / "esmerge.yaml").read_text()
     assert "name: embedding_matching" in record
     # Of merged models only results are left.
@@ -158,6 +160,15 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     file.write_text(json.dumps(result))
     with pytest.raises(InputError, match="b3db was asked with other data"):
         page.page(places, readme, tmp_path / "figures")
+
+
+def test_the_embedding_gap_is_0_of_the_specialists_and_1_of_the_base():
+    random = torch.Generator().manual_seed(0)
+    base, own = ({name: torch.randn(5, 4, generator=random) for name in MODALITIES} for _ in range(2))
+    assert embeddings.embedding_gap(own, own, base) == 0
+    assert embeddings.embedding_gap(base, own, base) == 1
+    half = {name: (base[name] + own[name]) / 2 for name in MODALITIES}
+    assert embeddings.embedding_gap(half, own, base) == pytest.approx(0.25)
 
 
 def test_means_are_over_the_tasks_that_count():
