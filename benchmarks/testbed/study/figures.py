@@ -49,6 +49,25 @@ def runtime_figure(seconds: Mapping[str, Sequence[float]], signals: Sequence[str
     return figure
 
 
+def gap_figure(points: Mapping[str, Sequence[tuple[float, float]]], signals: Sequence[str]) -> Figure:
+    """Every setting of every row: the gap of its embeddings, and its score.
+
+    Args:
+        points: title -> (gap, score) of each setting.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for title, own in points.items():
+        color = _SIGNALS if title in signals else _OTHERS
+        axes.plot([gap for gap, _ in own], [score for _, score in own], "o", color=color, markersize=4)
+        best = max(own, key=lambda point: point[1])
+        axes.annotate(title, best, textcoords="offset points", xytext=(4, 3), fontsize=6)
+    axes.set_xlabel("distance from the specialists' embeddings (1: the base's)")
+    axes.set_ylabel("mean score on validation data")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def line_figure(lines: Mapping[str, Mapping[float, float]], label: str) -> Figure:
     """Validation scores over a setting, on a logarithmic axis.
 

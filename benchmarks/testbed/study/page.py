@@ -14,7 +14,7 @@ from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
-from benchmarks.testbed.study.figures import line_figure, runtime_figure, save, score_figure
+from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import data_table, trainings_table, versions_sentence
@@ -22,7 +22,7 @@ from benchmarks.testbed.study.results import Found, Scores, cross, gather, overa
 from benchmarks.testbed.study.rows import ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
-from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
+from benchmarks.testbed.study.statistics import half_width, rank_correlation, sign_flip_p_value
 from benchmarks.testbed.study.tasks import TASKS
 from esmerge.figures import draw_figures
 from esmerge.results import read_coefficients
@@ -125,6 +125,31 @@ def _readable(variant: str) -> str:
     return re.sub(r"([a-z])_([\d.]+)", r"\1 \2", variant).replace("-", ", ")
 
 
+def unlabelled_table(found: Found) -> str:
+    """Of every row, the setting that embeddings alone would choose, beside the one that validation data chose."""
+    rows = []
+    for row in ROWS:
+        if row.name not in found.choices or len(row.variants) == 1:
+            continue
+        scores, gaps = found.choices[row.name], found.gaps[row.name]
+        best, nearest = max(scores, key=scores.__getitem__), min(gaps, key=gaps.__getitem__)
+        cells = [f"{_readable(name)}: {gaps[name]:.3f}, {scores[name]:.3f}" for name in (nearest, best)]
+        rows.append([row.title, *cells, f"{scores[nearest] - scores[best]:+.3f}"])
+    header = ["row", "nearest to the specialists: gap, score", "best on validation data: gap, score", "lost"]
+    return markdown_table(header, rows)
+
+
+def unlabelled_sentence(found: Found) -> str:
+    """How well the gap tells the score over all settings of all rows."""
+    settings = [(own, name) for own in found.choices for name in found.choices[own]]
+    gaps = [found.gaps[own][name] for own, name in settings]
+    scores = [found.choices[own][name] for own, name in settings]
+    return (
+        f"Over all {len(settings)} settings measured, the rank correlation of gap and score is "
+        f"{rank_correlation(gaps, scores):+.2f}."
+    )
+
+
 def control_table(found: Found) -> str:
     """What is left with shuffled partners, and what main effects alone would give."""
     controlled = [task for task in TASKS if task.control]
@@ -164,6 +189,13 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
         figures["runtime"] = runtime_figure({TITLES[name]: own for name, own in found.seconds.items()}, signals)
     if lines:
         figures["probe_size"] = line_figure(lines, "probe samples")
+    if found.choices:
+        points = {
+            TITLES[name]: [(found.gaps[name][variant], score) for variant, score in own.items()]
+            for name, own in found.choices.items()
+            if name in TITLES
+        }
+        figures["gap"] = gap_figure(points, signals)
     for name, setting in (("es_layer_factors", "temperature"), ("es_element_factors", "tau")):
         if name in found.choices:
             values = {float(v.rpartition("_")[2]): score for v, score in found.choices[name].items()}
@@ -190,6 +222,7 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         choices_table(found, ROWS),
         "### What else embedding signals could do, on validation data",
         choices_table(found, VARIATIONS),
+        *_without_labels(found),
         "### Shuffled partners and main effects",
         control_table(found),
         "### Figures",
@@ -203,6 +236,18 @@ def page(places: Places, readme: Path, figures: Path) -> None:
             data_table(places),
         ]
     write_table("\n\n".join(parts), readme, BEGIN, END)
+
+
+def _without_labels(found: Found) -> list[str]:
+    if not found.choices:
+        return []
+    return [
+        "### What the embeddings alone would choose",
+        "The gap is the squared distance of the merged model's last hidden states from each specialist's, at the "
+        "probe's positions of its modality, relative to the base's distance: it needs no labels.",
+        unlabelled_sentence(found),
+        unlabelled_table(found),
+    ]
 
 
 def _paired(found: Found, name: str) -> str:

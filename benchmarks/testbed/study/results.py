@@ -27,6 +27,7 @@ class Found:
         scores: row -> seed -> task -> score on test data; of complete rows only.
         controls: row -> seed -> task -> score with shuffled partners.
         choices: row or variation -> setting -> mean score on validation data.
+        gaps: row or variation -> setting -> gap between merged embeddings and the specialists'.
         probe_sizes: row -> samples -> mean score on validation data.
         seconds: row -> how long merging took, by seed.
     """
@@ -34,6 +35,7 @@ class Found:
     scores: dict[str, dict[int, Scores]]
     controls: dict[str, dict[int, Scores]]
     choices: dict[str, dict[str, float]]
+    gaps: dict[str, dict[str, float]]
     probe_sizes: dict[str, dict[int, float]]
     seconds: dict[str, list[float]]
 
@@ -54,11 +56,10 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
                     controls.setdefault(name, {})[seed] = shuffled
                 if (folder / MERGE_FILE).exists():
                     seconds.setdefault(name, []).append(_read(folder / MERGE_FILE)["seconds"])
-    choices = {
-        name: _read(file)["scores"]
-        for name in (*rows, *variations)
-        if (file := places.validation(name) / CHOICE_FILE).exists()
+    chosen = {
+        name: _read(file) for name in (*rows, *variations) if (file := places.validation(name) / CHOICE_FILE).exists()
     }
+    choices, gaps = ({name: own[field] for name, own in chosen.items()} for field in ("scores", "gaps"))
     sizes = {
         name: {
             samples: fmean(_read(file)["scores"].values())
@@ -67,7 +68,7 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
         }
         for name in rows
     }
-    return Found(scores, controls, choices, {name: own for name, own in sizes.items() if own}, seconds)
+    return Found(scores, controls, choices, gaps, {name: own for name, own in sizes.items() if own}, seconds)
 
 
 def _scores(folder: Path, tasks: Sequence[str]) -> Scores:

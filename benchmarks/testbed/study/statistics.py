@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
+from torchmetrics.functional import spearman_corrcoef
 
 # Of Student's t distribution, two-sided 95 %, by the number of values.
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -17,6 +18,12 @@ def half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return _T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: how well one order tells the other, from -1 to 1."""
+    found = spearman_corrcoef(torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64))
+    return float(found)
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
+from benchmarks.testbed.study.statistics import half_width, rank_correlation, sign_flip_p_value
 
 
 def test_intervals_are_those_of_students_t():
@@ -25,3 +25,9 @@ def test_many_differences_are_sampled():
     mixed = [0.3] * 13 + [-0.2] * 11
     assert sign_flip_p_value(mixed) == sign_flip_p_value(mixed)
     assert 0.1 < sign_flip_p_value(mixed) < 0.5
+
+
+def test_rank_correlation_is_spearmans():
+    # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15).
+    assert rank_correlation([0.1, 0.5, 0.7, 20], [-3, 1, 0, 2]) == pytest.approx(0.8, abs=1e-5)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1, abs=1e-5)

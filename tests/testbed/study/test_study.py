@@ -146,8 +146,16 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert cells[-2] == f"{results.overall(found.scores['uniform'][seed]):.3f}"
     ties = next(line for line in lines if line.startswith("| TIES "))
     assert {cell.strip() for cell in ties.split("|")[2:-2]} == {page.NOTHING}
-    for name in ("overall", "runtime", "probe_size", "distances", "coefficients", "embeddings_cell"):
+    for name in ("overall", "runtime", "probe_size", "gap", "distances", "coefficients", "embeddings_cell"):
         assert (tmp_path / "figures" / f"{name}.png").exists() and f"(figures/{name}.png)" in readme.read_text()
+
+    nearest = min(choice["gaps"], key=choice["gaps"].__getitem__)
+    told = next(
+        line
+        for line in lines
+        if line.startswith("| embedding matching | ") and f"{choice['gaps'][nearest]:.3f}" in line
+    )
+    assert f"{choice['scores'][nearest] - choice['scores'][choice['chosen']]:+.3f}" in told
 
     # What was asked is told once per task, and results of other data are not mixed with it.
     asked = [line for line in lines if line.startswith("| `b3db` ")]
