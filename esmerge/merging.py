@@ -418,7 +418,7 @@ def merge_to_delta(merger: Merger, name: str, layer: int | None, stream: TensorS
     """The merged delta of a tensor as one that a layer can be run with; low-rank where that takes no truncation."""
     if (pairs := _factors_of_sum(merger, name, layer, stream)) is not None:
         return LoraDelta(torch.cat(pairs[1]), torch.cat(pairs[0], dim=1), 1.0)
-    return ShiftDelta(merge_dense(merger, name, layer, stream))
+    return ShiftDelta(merge_dense(merger, name, layer, stream).cpu())
 
 
 def merge_low_rank(

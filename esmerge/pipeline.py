@@ -170,6 +170,7 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     recipe = plan.recipe
     settings, names = recipe.coefficients, list(recipe.specialists)
     inputs = signals.inputs.get(_inputs_key(plan), {}) if signals is not None else {}
+    _warn_of_averaged(plan, inputs)
     if not isinstance(settings, SignalsRecipe):
         return _fixed_merger(plan, inputs)
     assert signals is not None
@@ -244,6 +245,22 @@ def _positions(plan: Plan) -> Positions | None:
     parameters = METHODS[method.name].parameters.model_validate(method.parameters)
     positions: Positions = getattr(parameters, "tokens", "all")
     return positions
+
+
+def _warn_of_averaged(plan: Plan, inputs: Inputs) -> None:
+    """Warn of matrices that a method that matches inputs can only average."""
+    if not plan.recipe.method.matches:
+        return
+    matrices = [target.name for target in plan.merged if target.layer is not None and len(target.shape) == 2]
+    averaged = [name for name in matrices if name not in inputs]
+    if averaged:
+        logger.warning(
+            "%s averages %d of %d matrices, %s first: they are no weights of torch.nn.Linear",
+            plan.recipe.method.name,
+            len(averaged),
+            len(matrices),
+            averaged[0],
+        )
 
 
 def _alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:

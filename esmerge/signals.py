@@ -31,6 +31,9 @@ Distance = Literal["mse", "frobenius"]
 Positions = Literal["own", "all"]
 # By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
 Inputs = dict[str, list[Spooled]]
+# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read. More
+# hardly change what is fitted to them, and time, memory and scratch file grow with them.
+READ_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,14 @@ def embedding_signals(
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(device)
     shapes = [batch.attention_mask.shape for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
+    reads = _read_positions(probe, bool(settings.inputs or merges))
     batches = [
         _Batch(
             *backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask),
             batch.masks.to(device),
-            batch.attention_mask.to(device).bool(),
+            {positions: mask.to(device) for positions, mask in read.items()},
         )
-        for batch in probe.batches
+        for batch, read in zip(probe.batches, reads, strict=True)
     ]
     base_states = [batch.first for batch in batches]
     states = [list(base_states) for _ in specialists]
@@ -189,8 +193,7 @@ def embedding_signals(
                 inputs = _read(layer, number, batches, own_states, deltas, touched, owns, merge.positions, scratch)
                 signals.inputs.setdefault(merge.key, {}).update(inputs)
                 if not last:
-                    with attached(layer, merge.merge(number, inputs)), torch.no_grad():
-                        _push(layer, number, batches, own_states)
+                    _push_merged(layer, number, batches, own_states, merge, inputs, backbone)
                 bar.update()
     return signals
 
@@ -199,6 +202,53 @@ def _push(layer: nn.Module, number: int, batches: Sequence["_Batch"], states: li
     """Push hidden states through a layer as it is."""
     for index, batch in enumerate(batches):
         states[index] = run_layer(layer, states[index], batch.arguments[number])
+
+
+def _push_merged(
+    layer: nn.Module,
+    number: int,
+    batches: Sequence["_Batch"],
+    states: list[Tensor],
+    merge: LayerMerge,
+    inputs: Inputs,
+    backbone: Backbone,
+) -> None:
+    """Merge a layer and push hidden states through it."""
+    try:
+        with attached(layer, merge.merge(number, inputs)), torch.no_grad():
+            _push(layer, number, batches, states)
+        finite = all(bool(state.isfinite().all()) for state in states)
+    except (ValueError, torch.linalg.LinAlgError):
+        finite = False  # no solution for inputs that are none
+    if not finite:
+        raise InputError(
+            f"the embeddings of the merged model overflow at layer {number} in "
+            f"{str(backbone.dtype).removeprefix('torch.')}; lower method.lambda, or set probe.dtype to float32."
+        )
+
+
+def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, Tensor]]:
+    """By batch, the positions at which to take down what linear layers read: own [M, B, T] and all [B, T]."""
+    if not wanted:
+        return [{} for _ in probe.batches]
+    # Of each input, whatever stands in the same batch.
+    items = [batch.masks.any(dim=0) for batch in probe.batches]
+    before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
+    alls = _thinned([b.attention_mask.bool() & part for b, part in zip(probe.batches, before_end, strict=True)])
+    owns = [_thinned([batch.masks[index] for batch in probe.batches]) for index in range(len(probe.modalities))]
+    return [{"own": torch.stack(own), "all": of_all} for *own, of_all in zip(*owns, alls, strict=True)]
+
+
+def _thinned(masks: Sequence[Tensor]) -> list[Tensor]:
+    """At most `READ_POSITIONS` of the positions in masks [B, T], evenly spread over all of them."""
+    flat = torch.cat([mask.flatten() for mask in masks])
+    total = int(flat.sum())
+    if total <= READ_POSITIONS:
+        return list(masks)
+    rank = flat.cumsum(0)
+    flat = flat & (rank * READ_POSITIONS // total != (rank - 1) * READ_POSITIONS // total)
+    parts = flat.split([mask.numel() for mask in masks])
+    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
 
 
 def _read(
@@ -272,13 +322,13 @@ def _enter_distances(
 class _Batch:
     """A probe batch on its way through the layers.
 
-    First hidden states, layers' arguments, masks of the modalities [M, B, T] and of what is no padding [B, T].
+    First hidden states, layers' arguments, masks of the modalities [M, B, T], and where to take down what layers read.
     """
 
     first: Tensor
     arguments: list[LayerArguments]
     masks: Tensor
-    attended: Tensor
+    reads: dict[Positions, Tensor]
 
 
 def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
@@ -342,8 +392,14 @@ class _Reading:
     def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
-            masks = {"own": self.batch.masks[self._own], "all": self.batch.attended}
-            self._latest = x, {where: x[masks[where]] for where in self._positions}
+            masks = {"own": self.batch.reads["own"][self._own], "all": self.batch.reads["all"]}
+            rows = x.flatten(0, -2)  # some layers read the positions of all inputs in one go
+            if len(rows) != masks["all"].numel():
+                raise InputError(
+                    f"{name} reads {len(rows)} of {masks['all'].numel()} positions, as experts do: methods that match "
+                    "inputs cannot merge it; use another method."
+                )
+            self._latest = x, {where: rows[masks[where].flatten()] for where in self._positions}
         for where, part in self._latest[1].items():
             self._parts[where][name].append(part)
 
@@ -353,6 +409,8 @@ class _Reading:
         known: dict[tuple[int, ...], Spooled] = {}
         for where, parts in self._parts.items():
             for name, own in parts.items():
+                if not own:
+                    continue  # never called: its weight is used in another way
                 key = tuple(map(id, own))
                 if key not in known:
                     known[key] = scratch.put(torch.cat(own))

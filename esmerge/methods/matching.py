@@ -1,6 +1,6 @@
 """Methods that match what linear layers make of the specialists' own inputs, by least squares.
 
-Tensors that are no linear layer's weight have no such inputs and are averaged.
+Tensors that are no weight of a linear layer inside a decoder layer have no such inputs and are averaged.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ from esmerge.methods.registry import Finite, MakeMatcher, merging_method
 Shrink = Annotated[float, Field(ge=0, lt=1)]
 Tokens = Literal["own", "all"]
 Activations = Literal["specialist", "merged"]
-# Columns of the inputs that are in float64 at a time.
-_COLUMNS = 1 << 10
+# Columns or rows of the inputs that are in float64 at a time.
+_COLUMNS = _ROWS = 1 << 10
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The delta D of a weight that minimises sum_i c_i |(D - D_i) X_i^T|^2, for deltas that come in blocks of rows.
+    """The delta D of a weight that matches specialists' deltas D_i on inputs X_i, for deltas in blocks of rows.
 
-    With G_i = c_i X_i^T X_i, whose off-diagonal elements are multiplied by `shrink` (RegMean, Jin et al. 2023, arXiv
-    2212.09849, section 3.2), D = (sum_i D_i G_i) (sum_i G_i)^-1. Where the inputs are fewer than their features, no
+    It minimises sum_i tr (D - D_i) G_i (D - D_i)^T, which with `shrink` 1 would be sum_i c_i |(D - D_i) X_i^T|^2:
+    G_i = c_i X_i^T X_i, whose off-diagonal elements are multiplied by `shrink` (RegMean, Jin et al. 2023, arXiv
+    2212.09849, section 3.2). So D = (sum_i D_i G_i) (sum_i G_i)^-1. Where the inputs are fewer than their features, no
     matrix of features by features is made (Woodbury's identity). All in float64.
 
     Attributes:
@@ -75,9 +76,10 @@ class Matching:
         else:
             system = torch.diag(remainder)
             for x, root in zip(inputs, roots, strict=True):
-                scaled = x.double() * root
-                system.addmm_(scaled.T, scaled)
-        return cls(inputs, scales, diagonals, shrink, remainder, torch.linalg.cholesky(system))
+                for part in x.split(_ROWS):
+                    scaled = part.double().mul_(root)
+                    system.addmm_(scaled.T, scaled)
+        return cls(inputs, scales, diagonals, shrink, remainder, torch.linalg.cholesky(system, out=system))
 
     def product(self, index: int, rows: Tensor) -> Tensor:
         """Rows [h, in] of a specialist's delta, or of its factor A, times G_i; float64."""
@@ -166,8 +168,9 @@ def embedding_matching(
     """Match each specialist's embeddings of its own modality, linear layer by linear layer.
 
     The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
-    specialist i for the probe, at the positions of i's own modality. It is RegMean (Jin et al. 2023, arXiv 2212.09849,
-    eq. 2) with modality masks, and with terms of equal size.
+    specialist i for the probe, at the positions of i's own modality (where there are more than 2,048, at so many of
+    them, evenly spread). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with modality masks, and with terms
+    of equal size.
 
     Args:
         weights: one number per specialist.
@@ -187,15 +190,20 @@ def regmean(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
+    tokens: Tokens = "all",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2): `embedding_matching` at all positions, terms as they are.
+    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe: `embedding_matching` with terms as they are.
+
+    All specialists get the same probe: what the first layer reads is then the same for all of them, and its weights are
+    averaged, unless `tokens` is `own`, which gives each specialist data of its own as the paper has it.
 
     Args:
         weights: one number per specialist.
+        tokens: as of `embedding_matching`.
         activations: as of `embedding_matching`; `merged` makes it RegMean++.
         shrink: what off-diagonal elements of each X_i^T X_i are multiplied by (their alpha).
         lambda_: scale of the result.

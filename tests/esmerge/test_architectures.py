@@ -121,6 +121,12 @@ class Case:
         with Scratch() as scratch:
             probed = [ProbedSpecialist(specialist.name, layer_deltas(specialist)) for specialist in specialists]
             signals = embedding_signals(backbone, probed, probe, settings, scratch, progress=False)
+            self.inputs = {
+                (positions, name, tensor): own.rows(0, own.shape[0])
+                for positions, by_tensor in signals.inputs.items()
+                for tensor, found in by_tensor.items()
+                for name, own in zip(self.names, found, strict=True)
+            }
             scores = {
                 f"{name}.{tensor}": score.rows(0, score.shape[0])
                 for tensor, found in signals.scores.items()
@@ -283,6 +289,35 @@ def test_responses_and_scores(build, architecture, space):
     expected_responses, expected_scores = case.reference(space)
     assert_same(responses, expected_responses)
     assert_same(scores, expected_scores)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_linear_layers_read(build, architecture):
+    """Also of layers that get the positions of all inputs in one go."""
+    case = build(architecture, "factors")
+    case.engine(inputs=["own", "all"])
+    embeds, attention, masks = case.probe
+    expected = {}
+    for name, adapter in case.adapters.items():
+        base = transformers.AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter).eval()
+        for key, module in model.named_modules():
+            if hasattr(module, "lora_A"):
+                tensor = re.search(r"(?:layers|h)(\.\d+\..+)$", key)[1]
+                module.register_forward_pre_hook(
+                    lambda _, args, key=(name, f"layers{tensor}.weight"): expected.setdefault(key, []).append(args[0])
+                )
+        with torch.no_grad():
+            for start in range(0, len(embeds), BATCH_SIZE):
+                run(model, embeds[start : start + BATCH_SIZE], attention[start : start + BATCH_SIZE])
+    read = {}
+    last_items = [max(int(mask[row].nonzero().max()) for mask in masks.values()) for row in range(len(embeds))]
+    up_to_last_item = attention.bool() & (torch.arange(embeds.shape[1]) <= torch.tensor(last_items)[:, None])
+    for (name, tensor), parts in expected.items():
+        rows = torch.cat([part.flatten(0, -2) for part in parts])
+        for positions, mask in (("own", masks[name]), ("all", up_to_last_item)):
+            read[positions, name, tensor] = rows[mask.flatten()]
+    assert_same(case.inputs, read)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

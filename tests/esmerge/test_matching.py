@@ -1,13 +1,16 @@
 """Methods that match what the specialists read, against plain transformers, PEFT and the normal equations."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from esmerge.errors import InputError
 from esmerge.methods import embedding_matching, regmean
 
 NAMES = ("molecule", "protein", "cell")
@@ -183,6 +186,58 @@ def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_pa
             torch.testing.assert_close((found - weight).double(), expected, rtol=1e-3, atol=1e-4)
             for own in weights.values():
                 own.data.copy_(found)
+
+
+def test_of_many_positions_some_are_read(llama, merge, probed, monkeypatch):
+    """Evenly spread over those of all inputs."""
+    content, read = probed(9, "embedding_matching")
+    monkeypatch.setattr("esmerge.signals.READ_POSITIONS", 6)
+    merged = load_file(merge(content) / "adapter_model.safetensors")
+    kept = [place for place in range(18) if (place + 1) * 6 // 18 != place * 6 // 18]
+    assert len(kept) == 6 and {18 / 6} == {b - a for a, b in itertools.pairwise(kept)}
+    few = {name: {module: x[kept] for module, x in own.items()} for name, own in read.items()}
+    module = "model.layers.2.mlp.up_proj"
+    b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")
+    expected = expected_of(llama, few, trace=True)[module]
+    torch.testing.assert_close((b @ a).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_merged_model_that_overflows_is_one_sentence(llama, merge, probed):
+    content, _ = probed(4, {"name": "regmean", "activations": "merged", "lambda": 1e30})
+    with pytest.raises(InputError, match=r"merged model overflow at layer 0 in float32; lower method\.lambda"):
+        merge(content)
+
+
+def test_matrices_that_no_linear_layer_has_are_averaged_with_a_warning(merge, make_base, tmp_path, caplog):
+    make_base(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), tmp_path / "base")
+    random = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        for layer in model.transformer.h:
+            layer.attn.c_attn.weight.data += torch.randn(32, 96, generator=random)
+        model.save_pretrained(tmp_path / name)
+    probe = {
+        "inputs_embeds": torch.randn(2, LENGTH, 32, generator=random),
+        "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64),
+    }
+    for place, name in enumerate(NAMES):
+        probe[f"mask.{name}"] = (torch.arange(LENGTH) // 4 == place).expand(2, -1).contiguous()
+    save_file(probe, tmp_path / "probe.safetensors")
+    content = {
+        "base": str(tmp_path / "base"),
+        "specialists": {name: str(tmp_path / name) for name in NAMES},
+        "coefficients": "uniform",
+        "probe": {"tensors": str(tmp_path / "probe.safetensors")},
+        "output": {"format": "full", "dtype": "float32"},
+    }
+    with caplog.at_level("WARNING"):
+        matched, average = (
+            load_file(merge(content | {"method": method}, method) / "model.safetensors")
+            for method in ("embedding_matching", "linear")
+        )
+    assert "embedding_matching averages 8 of 8 matrices, " in caplog.text
+    for key, tensor in average.items():
+        torch.testing.assert_close(matched[key], tensor)
 
 
 def test_full_checkpoints_give_what_adapters_give(llama, merge, probed, tmp_path):
