@@ -7,6 +7,7 @@ Hours of work on a few cores. What is done stays in the testbed's cache, so an i
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def main() -> None:
         jobs[options.job].run()
         return
     write_tasks(places.tasks())
+    shutil.rmtree(places.scratch(), ignore_errors=True)  # of jobs that were killed
     failed = run_all(_with_needs(jobs, options.only), partial(_run_alone, places=places), options.workers)
     if failed is not None:
         raise InputError(f"the job {failed} failed: see {places.log(failed)}, then run the study again.")

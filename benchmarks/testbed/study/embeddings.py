@@ -45,9 +45,10 @@ class GapMeter:
 
     def __init__(self, places: Places, base: Path, seed: int) -> None:
         self._base = base
-        # Any row that is probed has the probe.
+        # Any row that is probed has a probe. Of other items than the ones that methods match.
         own = row("embedding_matching")
-        recipe = recipe_of(places, base, seed, own, next(iter(own.variants.values())), EXACT, PROBE_SAMPLES)
+        setting = next(iter(own.variants.values()))
+        recipe = recipe_of(places, base, seed, own, setting, EXACT, PROBE_SAMPLES, first=PROBE_SAMPLES)
         plan = make_plan(recipe)
         self._probe = make_probe(plan, Backbone(base, torch.float32, "cpu", plan.checkpoint))
         file = places.embeddings(seed)

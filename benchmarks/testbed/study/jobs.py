@@ -29,12 +29,13 @@ from benchmarks.testbed.study.specialists import (
     write_recipe,
     write_untrained,
 )
-from benchmarks.testbed.study.tasks import TASKS
-from lightning_modules.evaluation_results import results_file
+from esmerge.results import write_whole
 from lightning_modules.finetune import finetune
 from lightning_modules.finetune_recipe import load_finetuning_recipe
 from lightning_modules.running import Devices
 
+# Stands beside results of all tasks.
+DONE_FILE = "done"
 BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 # Whether a row composes what it knows about both partners is asked of these.
 _CONTROLLED = ("uniform", "es_both_factors", "embedding_matching")
@@ -68,6 +69,8 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     jobs += _probe_sizes(places, base)
     needs = tuple(f"{modality}-{CHOOSING_SEED}" for modality in MODALITIES)
     jobs += [_choice(places, base, own, "variation", needs) for own in VARIATIONS]
+    for seed in SEEDS:
+        jobs += _joint(places, base, seed)
     return {job.name: job for job in jobs}
 
 
@@ -89,7 +92,7 @@ def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
         needs = (*specialists, f"choice/{own.name}") if len(own.variants) > 1 else specialists
         jobs.append(_test_of_row(places, base, seed, own.name, None, own.name, needs))
     jobs.append(_test_of_row(places, base, seed, PUBLISHED, PUBLISHED_VARIANT, AS_PUBLISHED, specialists))
-    jobs += _trained_baselines(places, base, seed, specialists)
+    jobs += _tuned(places, base, seed, specialists)
     return jobs
 
 
@@ -118,9 +121,9 @@ def _test(
 
     def run() -> None:
         score_on_test(places, model, base or model, output, control=False)
+        write_whole(output / DONE_FILE, "")
 
-    last = max(TASKS, key=lambda task: task.test).name
-    return Job(f"test/{name}", results_file(output, last), run, needs)
+    return Job(f"test/{name}", output / DONE_FILE, run, needs)
 
 
 def _training(places: Places, base: Path, seed: int, modality: Modality) -> Job:
@@ -133,29 +136,39 @@ def _training(places: Places, base: Path, seed: int, modality: Modality) -> Job:
     return Job(f"{modality}-{seed}", places.model(seed, modality), run)
 
 
-def _trained_baselines(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) -> list[Job]:
-    def train_jointly() -> None:
+def _joint(places: Places, base: Path, seed: int) -> list[Job]:
+    """Of the rank of a merge that loses nothing."""
+
+    def run() -> None:
         untrained = places.untrained(seed, JOINT)
         if not untrained.exists():
-            write_untrained(base, MODALITIES, seed, untrained)
+            write_untrained(base, MODALITIES, seed, untrained, RANK * len(MODALITIES))
         _train(places, seed, JOINT, joint_recipe(base, seed, untrained))
 
-    def tune() -> None:
-        average = row("uniform")
-        output = {"format": "adapter", "rank": RANK * len(MODALITIES)}
-        with merged(places, base, seed, average, "only", output) as (model, _):
-            start = places.untrained(seed, TUNED)
-            if not start.exists():
+    return _trained_model(places, base, seed, JOINT, run, ())
+
+
+def _tuned(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) -> list[Job]:
+    def run() -> None:
+        start = places.untrained(seed, TUNED)
+        if not start.exists():
+            output = {"format": "adapter", "rank": RANK * len(MODALITIES)}
+            with merged(places, base, seed, row("uniform"), "only", output) as (model, _):
                 start.parent.mkdir(parents=True, exist_ok=True)
                 model.rename(start)
         _train(places, seed, TUNED, tuning_recipe(base, seed, start))
 
-    jobs = []
-    for name, run, needs in ((JOINT, train_jointly, ()), (TUNED, tune, specialists)):
-        model = places.model(seed, name)
-        jobs.append(Job(f"{name}-{seed}", model, run, needs))
-        jobs.append(_test(places, model, f"{seed}/{name}", places.test(seed, name), (f"{name}-{seed}",), base))
-    return jobs
+    return _trained_model(places, base, seed, TUNED, run, specialists)
+
+
+def _trained_model(
+    places: Places, base: Path, seed: int, name: str, train: Callable[[], None], needs: tuple[str, ...]
+) -> list[Job]:
+    model, output = places.model(seed, name), places.test(seed, name)
+    return [
+        Job(f"{name}-{seed}", model, train, needs),
+        _test(places, model, f"{seed}/{name}", output, (f"{name}-{seed}",), base),
+    ]
 
 
 def _probe_sizes(places: Places, base: Path) -> list[Job]:

@@ -1,5 +1,6 @@
 """Merging the study's specialists: the probe, the recipe, and every setting of a row."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,18 +19,25 @@ from esmerge.recipe import Recipe
 PROBE_SAMPLES = 32
 
 
-def write_probe(folder: Path, samples: int) -> None:
+def write_probe(folder: Path, first: int, samples: int) -> None:
     """Items that the specialists were trained on: a probe needs no labels, and held-out data stays untouched."""
     with building(folder) as temporary:
         for modality in MODALITIES:
-            items = [example.item for example in load_task(modality).examples["train"][:samples]]
+            items = [example.item for example in load_task(modality).examples["train"][first : first + samples]]
             (temporary / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
 
 
 def recipe_of(
-    places: Places, base: Path, seed: int, row: Row, variant: Variant, output: Mapping[str, Any], samples: int
+    places: Places,
+    base: Path,
+    seed: int,
+    row: Row,
+    variant: Variant,
+    output: Mapping[str, Any],
+    samples: int,
+    first: int = 0,
 ) -> Recipe:
-    """The recipe of a row's setting."""
+    """The recipe of a row's setting, with a probe of `samples` training items from number `first` on."""
     fields: dict[str, Any] = {
         "base": str(base),
         "specialists": {modality: {"model": str(places.model(seed, modality))} for modality in MODALITIES},
@@ -39,9 +47,9 @@ def recipe_of(
         **variant,
     }
     if row.probed:
-        probe = places.probe(samples)
+        probe = places.probe(first, samples)
         if not probe.exists():
-            write_probe(probe, samples)
+            write_probe(probe, first, samples)
         data = {modality: str(probe / f"{modality}.txt") for modality in MODALITIES}
         fields["probe"] = {"samples": samples, "template": PROBE_TEMPLATE, "data": data}
     return Recipe.model_validate(fields)
@@ -91,7 +99,8 @@ def merged(
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder that does not exist, not even if a job that was killed left it, and does not exist afterwards."""
+    """A folder of this process that does not exist, and does not exist afterwards either."""
+    folder = folder.with_name(f"{folder.name}-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,7 +17,7 @@ from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.provenance import data_table, trainings_table, versions_sentence
+from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
 from benchmarks.testbed.study.rows import ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
@@ -25,7 +25,7 @@ from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import half_width, rank_correlation, sign_flip_p_value
 from benchmarks.testbed.study.tasks import TASKS
 from esmerge.figures import draw_figures
-from esmerge.results import read_coefficients
+from esmerge.results import COEFFICIENTS_FILE, read_coefficients
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURES = Path(__file__).parent / "figures"
@@ -204,13 +204,14 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
         files.append(folder / f"{name}.png")
         save(figure, files[-1])
     published = places.test(CHOOSING_SEED, AS_PUBLISHED)
-    if published.exists():
+    if (published / COEFFICIENTS_FILE).exists():
         files += draw_figures(read_coefficients(published), folder)
     return files
 
 
 def page(places: Places, readme: Path, figures: Path) -> None:
     """Write tables and figures into a README between its marks."""
+    check_specialists(places)
     found = gather(places, list(TITLES), [row.name for row in VARIATIONS], PROBE_SIZES)
     drawn = draw(places, found, figures)
     parts = [

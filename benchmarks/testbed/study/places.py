@@ -37,9 +37,9 @@ class Places:
         """Of a training."""
         return self.root / f"seed-{seed}" / "recipes" / f"{name}.yaml"
 
-    def probe(self, samples: int) -> Path:
-        """A text file of items for each modality."""
-        return self.root / "probes" / str(samples)
+    def probe(self, first: int, samples: int) -> Path:
+        """A text file for each modality, of so many training items from number `first` on."""
+        return self.root / "probes" / f"{first}-{first + samples}"
 
     def embeddings(self, seed: int) -> Path:
         """What base and specialists make of the probe."""
@@ -58,7 +58,7 @@ class Places:
         return self.root / "test" / f"seed-{seed}" / row
 
     def scratch(self, *what: object) -> Path:
-        """A merged model while it is evaluated."""
+        """A merged model while it is evaluated; of nothing, the folder of all of them."""
         return self.root / "scratch" / "-".join(map(str, what))
 
     def log(self, job: str) -> Path:

@@ -1,5 +1,6 @@
 """What the study's results were made from, and how long it took: read from the records beside them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import yaml
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, read_inputs
 from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
+from esmerge.results import RECORD_FILE
 from lightning_modules.evaluation_results import RESULTS_FOLDER, read_results
 from lightning_modules.finetune import RECORD
 
@@ -51,6 +54,24 @@ def trainings_table(places: Places) -> str:
     return markdown_table(["model", "seed", "epochs x samples", "steps", "minutes"], rows)
 
 
+def check_specialists(places: Places) -> None:
+    """Raise `InputError` if rows of one seed were merged from different trainings of its specialists."""
+    for seed in SEEDS:
+        records = sorted(places.test(seed, "any").parent.glob(f"*/{RECORD_FILE}"))
+        merged_from = [(file, read_inputs(file.parent)) for file in records]
+        if seed == CHOOSING_SEED:
+            choices = sorted(places.validation("any").parent.glob(f"*/{CHOICE_FILE}"))
+            merged_from += [(file, json.loads(file.read_text(encoding="utf-8"))["inputs"]) for file in choices]
+        for file, inputs in merged_from:
+            other, first = merged_from[0]
+            for name in MODALITIES:
+                if inputs["specialists"][name]["hash"] != first["specialists"][name]["hash"]:
+                    raise InputError(
+                        f"{file}: its {name} specialist is not that of {other}; delete what is older and run the "
+                        "study again."
+                    )
+
+
 def versions_sentence(places: Places) -> str:
     """The versions of all packages that wrote results, the base's hash, and how long evaluating took."""
     versions: dict[str, set[str]] = {}
@@ -59,7 +80,8 @@ def versions_sentence(places: Places) -> str:
     for _, result in _results(places):
         for package, version in result["versions"].items():
             versions.setdefault(package, set()).add(version)
-        bases.add(_short(result["model"].get("base", result["model"])["hash"]))
+        if "base" in result["model"]:  # a merged model has it in itself
+            bases.add(_short(result["model"]["base"]["hash"]))
         seconds += result["seconds"]
     shown = ", ".join(f"{package} {' and '.join(sorted(own))}" for package, own in versions.items())
     return f"Base {' and '.join(sorted(bases))}; {shown}. Evaluating took {seconds / 3600:.1f} hours."

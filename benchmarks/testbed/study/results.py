@@ -52,7 +52,7 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
             if len(own) == len(TASKS):
                 scores.setdefault(name, {})[seed] = own
                 shuffled = _scores(folder, [f"{task.name}_{SHUFFLED}" for task in TASKS if task.control])
-                if shuffled:
+                if len(shuffled) == sum(task.control for task in TASKS):
                     controls.setdefault(name, {})[seed] = shuffled
                 if (folder / MERGE_FILE).exists():
                     seconds.setdefault(name, []).append(_read(folder / MERGE_FILE)["seconds"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.testbed.data import MODALITIES
+from esmerge.methods import METHODS
 
 Space = Literal["weights", "factors"]
 Variant = dict[str, Any]  # the fields `method` and `coefficients` of a recipe
@@ -34,7 +35,7 @@ class Row:
     @property
     def probed(self) -> bool:
         """Whether merging needs the probe."""
-        return self.signals or self.name == "regmean"
+        return self.signals or any(METHODS[own["method"]["name"]].match for own in self.variants.values())
 
 
 def _each(number: float) -> dict[str, float]:
@@ -52,7 +53,7 @@ def _named(variants: list[Variant]) -> dict[str, Variant]:
     return named
 
 
-def _summed(name: str, **values: tuple[float, ...]) -> dict[str, Variant]:
+def _summed(name: str, **values: tuple[float | str, ...]) -> dict[str, Variant]:
     """A method with a coefficient of 1 for every specialist."""
     return _named([{"method": {"name": name, **own}, "coefficients": _each(1.0)} for own in _grid_of(**values)])
 
@@ -64,7 +65,7 @@ def _from_signals(granularity: str, scales: tuple[float, ...], settings: list[di
     return _named([{"method": method, "coefficients": {**source, **own}} for own in settings for method in methods])
 
 
-def _grid_of(**values: tuple[float, ...]) -> list[dict[str, float]]:
+def _grid_of(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [dict(zip(values, own, strict=True)) for own in itertools.product(*values.values())]
 
 
@@ -74,6 +75,15 @@ PUBLISHED_VARIANT = "temperature_0.5-tau_0.1"
 
 ROWS: tuple[Row, ...] = (
     Row("uniform", "uniform average", _named([{"method": {"name": "linear"}, "coefficients": "uniform"}])),
+    Row(
+        "factors",
+        "weighted factors",
+        {
+            f"coefficient_{number}": {"method": {"name": "linear", "normalize": False}, "coefficients": _each(number)}
+            for number in (0.33, 0.58, 0.8, 1.0)
+        },
+        space="factors",
+    ),
     Row("task_arithmetic", "task arithmetic", _summed("task_arithmetic", **{"lambda": (0.4, 0.6, 0.8, 1.0)})),
     Row("ties", "TIES", _summed("ties", density=(0.2, 0.5), **{"lambda": (1.0, 1.5)})),
     Row("dare_ties", "DARE-TIES", _summed("dare_ties", density=(0.5, 0.8), **{"lambda": (0.6, 1.0)})),
@@ -109,7 +119,8 @@ ROWS: tuple[Row, ...] = (
         _from_signals("both", (1.0, 2.0), [{"temperature": 0.5, "tau": 0.1}, {"temperature": 2.0, "tau": 1.0}]),
         True,
     ),
-    Row("regmean", "RegMean", _summed("regmean", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)})),
+    # Whose tokens: all of the probe, or data of one's own, as the paper has it.
+    Row("regmean", "RegMean", _summed("regmean", tokens=("own", "all"), **{"lambda": (1.0, 1.25)})),
     Row(
         "embedding_matching",
         "embedding matching",
@@ -144,7 +155,7 @@ VARIATIONS: tuple[Row, ...] = (
     Row(
         "matching_activations",
         "matching: what layers read comes from",
-        {"specialist": _matching(), "merged layers (RegMean++)": _matching(activations="merged")},
+        {"specialist": _matching(), "merged layers, as in RegMean++": _matching(activations="merged")},
         True,
     ),
     Row(

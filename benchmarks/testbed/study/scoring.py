@@ -4,6 +4,9 @@ import json
 import shutil
 from pathlib import Path
 from statistics import mean
+from typing import Any
+
+import yaml
 
 from benchmarks.testbed.report import evaluate_model
 from benchmarks.testbed.study.embeddings import GapMeter
@@ -60,13 +63,20 @@ def choose(places: Places, base: Path, row: Row) -> None:
     meter = GapMeter(places, base, CHOOSING_SEED)
     with merged_in_all_ways(places, base, CHOOSING_SEED, row) as models:
         gaps = {name: meter(model) for name, model in models.items()}
+        merged_from = read_inputs(next(iter(models.values())))
         scores = {
             name: score_on_validation(places, model, base, places.validation(row.name, name))
             for name, model in models.items()
         }
     chosen = max(scores, key=scores.__getitem__)
-    content = json.dumps({"chosen": chosen, "scores": scores, "gaps": gaps}, indent=2) + "\n"
+    content = json.dumps({"chosen": chosen, "scores": scores, "gaps": gaps, "inputs": merged_from}, indent=2) + "\n"
     write_whole(places.validation(row.name) / CHOICE_FILE, content)
+
+
+def read_inputs(merged: Path) -> dict[str, Any]:
+    """What a merged model was made from, as its record has it."""
+    record: dict[str, Any] = yaml.safe_load((merged / RECORD_FILE).read_text(encoding="utf-8"))["inputs"]
+    return record
 
 
 def chosen_variant(places: Places, row: Row) -> str:

@@ -44,7 +44,7 @@ def encodings(modalities: tuple[Modality, ...] = MODALITIES) -> dict[str, Encodi
     return {modality: modality_from_settings(own, f"the plan of {modality}") for modality, own in settings.items()}
 
 
-def write_untrained(base: Path, modalities: tuple[Modality, ...], seed: int, folder: Path) -> None:
+def write_untrained(base: Path, modalities: tuple[Modality, ...], seed: int, folder: Path, rank: int = RANK) -> None:
     """An adapter that changes nothing yet, and untrained encoders.
 
     Args:
@@ -52,11 +52,12 @@ def write_untrained(base: Path, modalities: tuple[Modality, ...], seed: int, fol
         modalities: that get an encoder.
         seed: of the adapter and the encoders.
         folder: to write; it must not exist.
+        rank: of the adapter.
     """
     with building(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted: Any = get_peft_model(llm, lora)
         adapted.peft_config["default"].base_model_name_or_path = BASE_ID
         adapted.save_pretrained(temporary, save_embedding_layers=False)
@@ -80,9 +81,9 @@ def training_recipe(base: Path, modality: Modality, seed: int, untrained: Path) 
 
 
 def joint_recipe(base: Path, seed: int, untrained: Path) -> dict[str, Any]:
-    """The recipe of one adapter that learns everything at once: what merging cannot be expected to exceed."""
+    """The recipe of one adapter that learns everything at once, in as many steps as the specialists together."""
     repeat = {task: count for own in _REPEAT.values() for task, count in own.items()}
-    own = {"tasks": _all_tasks(), "repeat": repeat, "samples": 1200, "epochs": 2, "batch_size": 8}
+    own = {"tasks": _all_tasks(), "repeat": repeat, "samples": 1600, "epochs": 3, "batch_size": 8}
     return {**_recipe(base, seed, untrained), **own, "train_encoders": True, "learning_rate": 1e-3}
 
 

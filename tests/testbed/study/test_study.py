@@ -1,6 +1,7 @@
 """The study: its rows and jobs, and all stages on a tiny base."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def places(trained, tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     few = tuple(replace(task, test=4, validation=min(task.validation, 4)) for task in tasks.TASKS)
-    for module in (jobs, page, results, scoring, tasks):
+    for module in (page, results, scoring, tasks):
         monkeypatch.setattr(module, "TASKS", few)
 
 
@@ -167,6 +168,12 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     result["run"]["samples"] = "sha256:0"
     file.write_text(json.dumps(result))
     with pytest.raises(InputError, match="b3db was asked with other data"):
+        page.page(places, readme, tmp_path / "figures")
+
+    # Nor are merges of other trainings.
+    file = places.test(seed, "uniform") / "esmerge.yaml"
+    file.write_text(re.sub("xxh3:.", "xxh3:", file.read_text()))
+    with pytest.raises(InputError, match="specialist is not that of"):
         page.page(places, readme, tmp_path / "figures")
 
 
