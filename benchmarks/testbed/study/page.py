@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import torch
+from torch import Tensor
+
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
@@ -18,14 +21,22 @@ from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_fi
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
+from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
-from benchmarks.testbed.study.rows import ROWS, VARIATIONS, Row
+from benchmarks.testbed.study.rows import PUBLISHED, ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
-from benchmarks.testbed.study.statistics import half_width, rank_correlation, sign_flip_p_value
+from benchmarks.testbed.study.statistics import (
+    bootstrap_p_value,
+    half_width,
+    holm,
+    rank_correlation,
+    sign_flip_p_value,
+)
 from benchmarks.testbed.study.tasks import TASKS
 from esmerge.figures import draw_figures
 from esmerge.results import COEFFICIENTS_FILE, read_coefficients
+from lightning_modules.metrics import interval
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURES = Path(__file__).parent / "figures"
@@ -41,6 +52,9 @@ TITLES: dict[str, str] = {
     **TRAINED,
 }
 SIGNALS = [*(row.name for row in ROWS if row.signals), AS_PUBLISHED]
+# Of rows that are compared: training -> scores [tasks, resamples].
+Resampled = dict[str, dict[int, Tensor]]
+_COUNTED = [task.name for task in TASKS if task.counts]
 MERGES = [*(row.name for row in ROWS), AS_PUBLISHED]
 
 
@@ -50,6 +64,7 @@ def scores_table(found: Found) -> str:
         "row",
         *(f"{task.title}" for task in TASKS),
         "kept of the specialists'",
+        "kept above chance",
         "cross-modality",
         "overall",
         "seeds",
@@ -61,8 +76,9 @@ def scores_table(found: Found) -> str:
             rows.append([title, *[NOTHING] * (len(header) - 2), "0"])
             continue
         tasks = [f"{fmean(own[task.name] for own in seeds.values()):.3f}" for task in TASKS]
-        kept = [preservation(own, s) for seed, own in seeds.items() if (s := specialists(found, seed))]
-        means = [_with_interval(values) for values in (kept, _map(cross, seeds), _map(overall, seeds))]
+        known = [(own, s) for seed, own in seeds.items() if (s := specialists(found, seed))]
+        kept = [[preservation(own, s, above) for own, s in known] for above in (False, True)]
+        means = [_with_interval(values) for values in (*kept, _map(cross, seeds), _map(overall, seeds))]
         rows.append([title, *tasks, *means, str(len(seeds))])
     return markdown_table(header, rows)
 
@@ -86,22 +102,45 @@ def _with_interval(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ± {half_width(values):.3f}"
 
 
-def paired_table(found: Found, reference: str) -> str:
-    """The difference of a row from every other merge, over the seeds and tasks that both have."""
-    counted = [task.name for task in TASKS if task.counts]
+def resampled(places: Places, found: Found) -> Resampled:
+    """The scores of all complete rows over resamples of the test samples."""
+    return {
+        name: {seed: resampled_scores(places.test(seed, name), _COUNTED) for seed in seeds}
+        for name, seeds in found.scores.items()
+        if name in {*MERGES, *TRAINED}
+    }
+
+
+def paired_table(found: Found, drawn: Resampled, reference: str) -> str:
+    """The difference of a row from every other merge, over the trainings and tasks that both have."""
     ours = found.scores.get(reference, {})
-    rows = []
+    rows, p_values = [], []
     for name in [*MERGES, *TRAINED]:
         theirs = found.scores.get(name, {})
         common = [seed for seed in ours if seed in theirs]
         if name == reference or not common:
             continue
-        differences = [ours[seed][task] - theirs[seed][task] for seed in common for task in counted]
+        by_task = [[ours[seed][task] - theirs[seed][task] for seed in common] for task in _COUNTED]
+        differences = [difference for own in by_task for difference in own]
+        both = (torch.stack([drawn[own][seed] for seed in common]) for own in (reference, name))
+        resamples = resampled_differences(*both)
+        low, high = interval(resamples)
         better = sum(difference > 0 for difference in differences)
-        p_value = sign_flip_p_value(differences)
-        shown = "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-        rows.append([TITLES[name], f"{fmean(differences):+.3f}", f"{better} of {len(differences)}", shown])
-    return markdown_table([f"{TITLES[reference]} minus", "mean difference", "better", "p"], rows) if rows else NOTHING
+        p_values.append(bootstrap_p_value(resamples))
+        rows.append(
+            [
+                TITLES[name],
+                f"{fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]",
+                f"{better} of {len(differences)}",
+                f"{sign_flip_p_value([fmean(own) for own in by_task]):.3f}",
+            ]
+        )
+    if not rows:
+        return NOTHING
+    pairs = zip(p_values, holm(p_values), strict=True)
+    rows = [[*row[:3], f"{p:.3f}", f"{adjusted:.3f}", row[3]] for row, (p, adjusted) in zip(rows, pairs, strict=True)]
+    header = [f"{TITLES[reference]} minus", "mean difference", "better", "p", "p, Holm", "p over tasks"]
+    return markdown_table(header, rows)
 
 
 def choices_table(found: Found, of: Sequence[Row]) -> str:
@@ -165,7 +204,7 @@ def control_table(found: Found) -> str:
     effects = [drug_and_cell(limits["gdsc2_mid_potency"]), drug_and_target(limits["pydta"])]
     for title, field in (
         ("molecule's main effect", "molecule"),
-        ("partner's main effect", "partner"),
+        ("partner's main effect, of a cell line that of its other test pairs", "partner"),
         ("both main effects added", "both"),
     ):
         rows.append([title, *(text for own in effects for text in (f"{getattr(own, field):.3f}", NOTHING))])
@@ -179,7 +218,7 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
     signals = [TITLES[name] for name in SIGNALS]
     means = {title: _map(overall, found.scores[name]) for title, name in titles.items() if name in found.scores}
     lines = {
-        TITLES[name]: {float(samples): score for samples, score in own.items()}
+        TITLES[AS_PUBLISHED if name == PUBLISHED else name]: {float(samples): score for samples, score in own.items()}
         for name, own in found.probe_sizes.items()
     }
     figures = {}
@@ -214,11 +253,17 @@ def page(places: Places, readme: Path, figures: Path) -> None:
     check_specialists(places)
     found = gather(places, list(TITLES), [row.name for row in VARIATIONS], PROBE_SIZES)
     drawn = draw(places, found, figures)
+    resamples = resampled(places, found)
     parts = [
         "### Scores on test data",
-        f"Means over {len(SEEDS)} trainings of the specialists, with 95 % intervals (Student's t) over them.",
+        f"Means over the {len(SEEDS)} trainings of the specialists (as many as there are so far: last column), with "
+        "95 % intervals (Student's t) over them.",
         scores_table(found),
-        *(_paired(found, name) for name in (AS_PUBLISHED, "es_both", "embedding_matching") if name in found.scores),
+        *(
+            _paired(found, resamples, name)
+            for name in (AS_PUBLISHED, "es_both", "embedding_matching")
+            if name in found.scores
+        ),
         "### Settings, and how they were chosen",
         choices_table(found, ROWS),
         "### What else embedding signals could do, on validation data",
@@ -251,8 +296,8 @@ def _without_labels(found: Found) -> list[str]:
     ]
 
 
-def _paired(found: Found, name: str) -> str:
-    return f"#### {TITLES[name]} against the others\n\n{paired_table(found, name)}"
+def _paired(found: Found, drawn: Resampled, name: str) -> str:
+    return f"#### {TITLES[name]} against the others\n\n{paired_table(found, drawn, name)}"
 
 
 if __name__ == "__main__":

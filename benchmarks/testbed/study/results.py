@@ -82,10 +82,18 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def preservation(scores: Scores, specialists: dict[str, Scores]) -> float:
-    """The mean over single-modality tasks of the score relative to that of the task's specialist."""
-    own = [(scores[task.name], specialists[str(task.specialist)][task.name]) for task in OWN]
-    return fmean(score / reference if reference else math.nan for score, reference in own)
+def preservation(scores: Scores, specialists: dict[str, Scores], above_chance: bool = False) -> float:
+    """The mean over single-modality tasks of the score relative to that of the task's specialist.
+
+    Args:
+        above_chance: of both scores count only what exceeds that of answers drawn at random.
+    """
+    kept = []
+    for task in OWN:
+        chance = task.chance if above_chance else 0.0
+        reference = specialists[str(task.specialist)][task.name] - chance
+        kept.append((scores[task.name] - chance) / reference if reference else math.nan)
+    return fmean(kept)
 
 
 def cross(scores: Scores) -> float:

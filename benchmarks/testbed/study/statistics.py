@@ -1,16 +1,15 @@
 """What few seeds and tasks tell: intervals and paired tests. Pure functions."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 # Of Student's t distribution, two-sided 95 %, by the number of values.
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-_EXACT = 20
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -29,19 +28,27 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 def sign_flip_p_value(differences: Sequence[float]) -> float:
     """Two-sided p-value of a mean difference: the share of all choices of signs whose mean is as far from zero.
 
-    The exact paired permutation test (Fisher 1935), up to 20 differences; beyond, of 2^20 choices drawn at random.
+    The exact paired permutation test (Fisher 1935), for up to 20 differences that are independent of each other.
     """
     values = torch.tensor(differences, dtype=torch.float64)
     observed = abs(float(values.sum()))
-    if len(values) <= _EXACT:
-        sums = torch.zeros(1, dtype=torch.float64)
-        for value in values:
-            sums = torch.cat([sums + value, sums - value])
-        count = int((sums.abs() >= observed - 1e-12).sum())
-        return count / len(sums)
-    generator = torch.Generator().manual_seed(0)
-    as_far = 0
-    for _ in itertools.repeat(None, 1 << 8):
-        signs = torch.randint(0, 2, (1 << 12, len(values)), generator=generator, dtype=torch.float64) * 2 - 1
-        as_far += int(((signs @ values).abs() >= observed - 1e-12).sum())
-    return (as_far + 1) / ((1 << 20) + 1)
+    sums = torch.zeros(1, dtype=torch.float64)
+    for value in values:
+        sums = torch.cat([sums + value, sums - value])
+    return int((sums.abs() >= observed - 1e-12).sum()) / len(sums)
+
+
+def bootstrap_p_value(differences: Tensor) -> float:
+    """Two-sided p-value from resampled differences [R]: how readily they fall on the other side of zero."""
+    count = len(differences) + 1
+    below, above = (int(side.sum()) + 1 for side in (differences <= 0, differences >= 0))
+    return min(1.0, 2 * min(below, above) / count)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

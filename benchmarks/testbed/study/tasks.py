@@ -26,6 +26,7 @@ class StudyTask:
         test, validation: how many samples are asked at most; no validation data is looked at where it is 0.
         counts: whether it enters means.
         control: whether it is also asked with shuffled partners.
+        chance: the score of answers drawn at random.
     """
 
     name: str
@@ -35,12 +36,13 @@ class StudyTask:
     validation: int
     counts: bool = True
     control: bool = False
+    chance: float = 0.5
 
 
 TASKS: tuple[StudyTask, ...] = (
     StudyTask("b3db", "BBB", "molecule", 300, 128),
     StudyTask("antimicrobial", "antimicrobial", "protein", 300, 128),
-    StudyTask("tissue", "tissue", "cell", 300, 64),
+    StudyTask("tissue", "tissue", "cell", 300, 64, chance=1 / 14),
     StudyTask("cell_sensitivity", "sensitivity", "cell", 300, 64),
     StudyTask("gdsc2_mid_potency", "drug x cell", None, 200, 64, control=True),
     StudyTask("pydta", "drug x protein", None, 244, 96, control=True),

@@ -1,8 +1,16 @@
 import math
 
 import pytest
+import torch
 
-from benchmarks.testbed.study.statistics import half_width, rank_correlation, sign_flip_p_value
+from benchmarks.testbed.study.resampling import resampled_differences
+from benchmarks.testbed.study.statistics import (
+    bootstrap_p_value,
+    half_width,
+    holm,
+    rank_correlation,
+    sign_flip_p_value,
+)
 
 
 def test_intervals_are_those_of_students_t():
@@ -19,12 +27,28 @@ def test_p_values_count_all_choices_of_signs():
     assert sign_flip_p_value([0.5, -0.5]) == 1
 
 
-def test_many_differences_are_sampled():
-    assert sign_flip_p_value([1.0] * 24) == pytest.approx(1 / (2**20 + 1), rel=2)
-    assert sign_flip_p_value([1.0, -1.0] * 12) == 1
-    mixed = [0.3] * 13 + [-0.2] * 11
-    assert sign_flip_p_value(mixed) == sign_flip_p_value(mixed)
-    assert 0.1 < sign_flip_p_value(mixed) < 0.5
+def test_bootstrap_p_values_count_the_other_side():
+    differences = torch.cat([torch.full((990,), 0.1), torch.full((9,), -0.1)])
+    assert bootstrap_p_value(differences) == bootstrap_p_value(-differences) == pytest.approx(2 * 10 / 1000)
+    assert bootstrap_p_value(torch.ones(999)) == pytest.approx(2 / 1000)
+    assert bootstrap_p_value(torch.zeros(999)) == 1
+
+
+def test_p_values_are_adjusted_as_holm_has_it():
+    # By R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_trainings_are_drawn_again_as_well_as_samples():
+    ours = torch.zeros(3, 2, 4000, dtype=torch.float64)
+    ours[0] = 0.3  # one training alone makes the difference
+    drawn = resampled_differences(ours, torch.zeros_like(ours))
+    assert drawn.mean() == pytest.approx(0.1, abs=0.01)
+    # Binomial: three draws, each with probability 1/3.
+    assert drawn.std() == pytest.approx(0.3 * (1 / 3 * 2 / 3 / 3) ** 0.5, abs=0.01)
+    assert bootstrap_p_value(drawn) == pytest.approx(2 * (2 / 3) ** 3, abs=0.05)
 
 
 def test_rank_correlation_is_spearmans():

@@ -197,6 +197,18 @@ def test_means_are_over_the_tasks_that_count():
         "cell": {"tissue": 0.4, "cell_sensitivity": 0.5},
     }
     assert results.preservation(scores, own) == pytest.approx((0.8 + 1 + 0.5 + 1) / 4)
+    own["cell"]["cell_sensitivity"] = 0.7
+    tissue = (0.2 - 1 / 14) / (0.4 - 1 / 14)
+    assert results.preservation(scores, own, above_chance=True) == pytest.approx((0.6 + 1 + tissue + 0) / 4)
+
+
+def test_chance_is_one_of_the_choices():
+    from lightning_modules.tasks import load_task
+
+    for task in tasks.TASKS:
+        loaded = load_task(task.name)
+        auroc = loaded.metrics[0] == "auroc"
+        assert task.chance == (0.5 if auroc else pytest.approx(1 / len(loaded.choices))), task.name
 
 
 def test_tasks_about_validation_data_differ_in_nothing_else(tmp_path):
