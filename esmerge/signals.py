@@ -2,7 +2,8 @@
 
 One pass over the decoder, layer by layer: the layer's weights are read once, the base and every specialist
 push their own hidden states through it, and the gradient of a specialist's distance never leaves the layer.
-Memory is one layer, the specialists' deltas of that layer and the probe's hidden states.
+Memory is one layer, the specialists' deltas of that layer and the probe's hidden states. What linear layers read, if it
+is kept, and scores of weights go to a scratch file.
 
 Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. S specialists, M modalities
 (specialist i's own modality has its name), L layers, K probe inputs.

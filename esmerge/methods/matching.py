@@ -177,7 +177,8 @@ def embedding_matching(
         tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, or `all` up
             to the last item.
         activations: whose layers hand on what the next layer of a specialist reads: the `specialist`'s own, or the
-            `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3).
+            `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3), before anything is truncated to
+            the rank of an adapter.
         shrink: what off-diagonal elements of each X_i^T X_i are multiplied by; smaller resists noise.
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.

@@ -44,7 +44,7 @@ def runtime_figure(seconds: Mapping[str, Sequence[float]], signals: Sequence[str
     colors = [_SIGNALS if title in signals else _OTHERS for title in order]
     axes.barh(range(len(order)), [fmean(seconds[title]) for title in order], color=colors)
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel("seconds to merge on one core, probe included")
+    axes.set_xlabel("seconds to merge on one core with another job beside, probe included")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
