@@ -130,8 +130,8 @@ def _ours_alone(recipe: Any) -> float:
     import torch
 
     from esmerge.merging import TensorStream, merge_factors, merge_low_rank
-    from esmerge.pipeline import make_merger
     from esmerge.plan import make_plan
+    from esmerge.plan_merger import make_merger
 
     plan = make_plan(recipe)
     merger, device = make_merger(plan, None), torch.device("cpu")

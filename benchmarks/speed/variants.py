@@ -21,8 +21,8 @@ from benchmarks.speed.inputs import MODALITIES, PROBE_FILE, read_probe
 from esmerge.coefficients import combine, element_coefficients, layer_coefficients
 from esmerge.distances import random_directions, sliced_wasserstein, standardize_together
 from esmerge.names import canonical_name, layer_of
-from esmerge.pipeline import make_merger
 from esmerge.plan import make_plan
+from esmerge.plan_merger import make_merger
 from esmerge.probe import Probe, ProbeBatch
 from esmerge.probing import measure_signals
 from esmerge.recipe import parse_recipe

@@ -1,0 +1,112 @@
+"""From a plan to what merges its tensors: coefficients, a method, and what linear layers read where it needs that."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esmerge.coefficients import layer_coefficients
+from esmerge.deltas import Delta
+from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
+from esmerge.methods import METHODS, Method
+from esmerge.names import inner_name
+from esmerge.plan import Plan
+from esmerge.recipe import SignalsRecipe
+from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge, Positions
+
+logger = logging.getLogger(__name__)
+
+
+def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
+    """The recipe's coefficients and method."""
+    recipe = plan.recipe
+    settings, names = recipe.coefficients, list(recipe.specialists)
+    inputs = signals.inputs.get(inputs_key(plan), {}) if signals is not None else {}
+    _warn_of_averaged(plan, inputs)
+    if not isinstance(settings, SignalsRecipe):
+        return _fixed_merger(plan, inputs)
+    assert signals is not None
+    method, parameters = _method(plan)
+    if method.name == "linear":
+        # Each element's coefficients sum to 1 as the paper defines them; dividing again would change the last digits.
+        parameters["normalize"] = False
+    alpha = layer_alpha(plan, signals)
+    coefficients = SignalCoefficients(
+        outside=alpha.mean(dim=1) if settings.outside == "mean" else settings.outside_numbers(names),
+        layer=None if settings.granularity == "element" else alpha,
+        scores=None if settings.granularity == "layer" else signals.scores,
+        tau=settings.tau,
+    )
+    return Merger(coefficients, method, parameters, recipe.seed, inputs)
+
+
+def _fixed_merger(plan: Plan, inputs: Inputs) -> Merger:
+    settings, names = plan.recipe.coefficients, list(plan.recipe.specialists)
+    assert not isinstance(settings, SignalsRecipe)
+    coefficients = FixedCoefficients(lambda name: settings.numbers(name, names))
+    return Merger(coefficients, *_method(plan), plan.recipe.seed, inputs)
+
+
+def _method(plan: Plan) -> tuple[Method, dict[str, Any]]:
+    """The recipe's method, and all its parameters."""
+    method = METHODS[plan.recipe.method.name]
+    return method, method.parameters.model_validate(plan.recipe.method.parameters).model_dump()
+
+
+def layer_merge(plan: Plan) -> LayerMerge:
+    """The merge of a plan whose layers read what merged layers hand on."""
+    device = torch.device(plan.recipe.device)
+
+    def merge_layer(number: int, inputs: Inputs) -> dict[str, Delta]:
+        merger, deltas = _fixed_merger(plan, inputs), {}
+        for target in plan.merged:
+            if target.layer == number:
+                stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
+                deltas[inner_name(target.name)] = merge_to_delta(merger, target.name, number, stream)
+        return deltas
+
+    positions = positions_of(plan)
+    assert positions is not None
+    return LayerMerge(inputs_key(plan), positions, merge_layer)
+
+
+def inputs_key(plan: Plan) -> str:
+    """Under which signals keep what the linear layers of a plan's specialists read."""
+    if plan.recipe.method.follows_merged:
+        return plan.recipe.model_dump_json(include={"method", "coefficients"})
+    return positions_of(plan) or ""
+
+
+def positions_of(plan: Plan) -> Positions | None:
+    """Where the method needs what linear layers read; a method that leaves no choice takes all positions."""
+    method = plan.recipe.method
+    if not method.matches:
+        return None
+    parameters = METHODS[method.name].parameters.model_validate(method.parameters)
+    positions: Positions = getattr(parameters, "tokens", "all")
+    return positions
+
+
+def layer_alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:
+    """The layer-wise coefficients that the recipe makes of signals, float64 [S, L]."""
+    settings = plan.recipe.coefficients
+    assert isinstance(settings, SignalsRecipe)
+    own = range(len(plan.specialists))
+    return layer_coefficients(signals.distances, own, settings.alpha, settings.temperature)
+
+
+def _warn_of_averaged(plan: Plan, inputs: Inputs) -> None:
+    """Warn of matrices that a method that matches inputs can only average."""
+    if not plan.recipe.method.matches:
+        return
+    matrices = [target.name for target in plan.merged if target.layer is not None and len(target.shape) == 2]
+    averaged = [name for name in matrices if name not in inputs]
+    if averaged:
+        logger.warning(
+            "%s averages %d of %d matrices, %s first: they are no weights of torch.nn.Linear",
+            plan.recipe.method.name,
+            len(averaged),
+            len(matrices),
+            averaged[0],
+        )
