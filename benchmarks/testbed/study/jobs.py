@@ -16,6 +16,7 @@ from benchmarks.testbed.study.scoring import (
     MERGE_FILE,
     choose,
     chosen_variant,
+    reading_all_text,
     score_on_test,
     score_probe_size,
     score_row,
@@ -120,7 +121,8 @@ def _test(
     """Of a model that is no merge of a row."""
 
     def run() -> None:
-        score_on_test(places, model, base or model, output, control=False)
+        with reading_all_text(places, model, name.replace("/", "-")) as reader:
+            score_on_test(places, reader, base or reader, output, control=False)
         write_whole(output / DONE_FILE, "")
 
     return Job(f"test/{name}", output / DONE_FILE, run, needs)

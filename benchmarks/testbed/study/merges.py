@@ -69,7 +69,7 @@ def merged_in_all_ways(
     for name, variant in row.variants.items():
         fields = variant["coefficients"] if isinstance(variant["coefficients"], dict) else {}
         together.setdefault((fields.get("distance"), fields.get("tokens")), {})[name] = variant
-    with _scratch(places.scratch(row.name, seed)) as folder:
+    with scratch_folder(places.scratch(row.name, seed)) as folder:
         folder.mkdir()
         found: dict[str, Path] = {}
         for number, variants in enumerate(together.values()):
@@ -91,19 +91,18 @@ def merged(
 ) -> Iterator[tuple[Path, float]]:
     """Yields one merged model, which is gone afterwards, and how many seconds merging took."""
     recipe = recipe_of(places, base, seed, row, row.variants[variant], output, samples)
-    with _scratch(places.scratch(row.name, seed, variant, samples)) as folder:
+    with scratch_folder(places.scratch(row.name, seed, variant, samples)) as folder:
         started = time.perf_counter()
         merge(recipe, folder, progress=False)
         yield folder, time.perf_counter() - started
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def scratch_folder(folder: Path) -> Iterator[Path]:
     """A folder of this process that does not exist, and does not exist afterwards either."""
-    folder = folder.with_name(f"{folder.name}-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = folder.parent / str(os.getpid())
+    own.mkdir(parents=True)
     try:
-        yield folder
+        yield own / folder.name
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own)

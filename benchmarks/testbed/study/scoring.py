@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,10 +12,13 @@ import yaml
 
 from benchmarks.testbed.report import evaluate_model
 from benchmarks.testbed.study.embeddings import GapMeter
-from benchmarks.testbed.study.merges import merged, merged_in_all_ways
+from benchmarks.testbed.study.merges import merged, merged_in_all_ways, scratch_folder
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import Row
+from benchmarks.testbed.study.specialists import encodings
 from benchmarks.testbed.study.tasks import SHUFFLED, TASKS, VALIDATION
+from esmerge.modalities import TextModality, save_modality
+from esmerge.modalities.registry import MODALITIES_FOLDER
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 
 CHOICE_FILE = "choice.json"
@@ -31,6 +36,26 @@ def score_on_validation(places: Places, model: Path, base: Path, output: Path) -
         files = [str(places.tasks() / f"{name}.yaml") for name in names]
         scores += [score.value for score in evaluate_model(model, base, files, limit, output).values()]
     return mean(scores)
+
+
+@contextmanager
+def reading_all_text(places: Places, model: Path, name: str) -> Iterator[Path]:
+    """Yields the base or a specialist with all modalities that the specialists read as text, cut off as theirs are.
+
+    Of others, it reads the whole item as text.
+    """
+    with scratch_folder(places.scratch("reading", name)) as folder:
+        folder.mkdir()
+        for entry in model.iterdir():
+            if entry.is_file():
+                (folder / entry.name).symlink_to(entry)
+        if (model / MODALITIES_FOLDER).exists():
+            shutil.copytree(model / MODALITIES_FOLDER, folder / MODALITIES_FOLDER)
+        for modality, encoding in encodings().items():
+            place = folder / MODALITIES_FOLDER / modality
+            if isinstance(encoding, TextModality) and not place.exists():
+                save_modality(encoding, place)
+        yield folder
 
 
 def score_on_test(places: Places, model: Path, base: Path, output: Path, control: bool) -> None:

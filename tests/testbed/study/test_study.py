@@ -177,6 +177,22 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
         page.page(places, readme, tmp_path / "figures")
 
 
+def test_base_and_specialists_read_proteins_as_far_as_the_protein_specialist_does(llama, places):
+    specialist = places.model(scoring.CHOOSING_SEED, "molecule")
+    known = {}
+    for name, model in (("base", llama / "base"), ("molecule", specialist)):
+        before = sorted(model.rglob("*"))
+        with scoring.reading_all_text(places, model, name) as reader:
+            loaded, processor = load_model(reader, llama / "base", torch.float32)
+            known[name] = set(processor.modalities)
+            protein = processor.modalities["protein"]
+            assert protein.render("M" * 500) == protein.render("M" * 64) and set(loaded.encoders) == known[name] & {
+                "molecule"
+            }
+        assert sorted(model.rglob("*")) == before and not reader.exists()
+    assert known == {"base": {"protein", "cell"}, "molecule": {"molecule", "protein", "cell"}}
+
+
 def test_the_embedding_gap_is_0_of_the_specialists_and_1_of_the_base():
     random = torch.Generator().manual_seed(0)
     base, own = ({name: torch.randn(5, 4, generator=random) for name in MODALITIES} for _ in range(2))
