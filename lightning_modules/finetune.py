@@ -1,7 +1,6 @@
 """`esmerge finetune` on one page: a recipe in, an adapter (or a full model) that load_model and merge take out."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, Timer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
@@ -60,7 +59,6 @@ def finetune(
     Raises:
         InputError: for anything that the user can put right; before the model is loaded, as far as can be.
     """
-    started = time.perf_counter()
     if devices.sharded:
         raise InputError("--strategy fsdp is for evaluation; an adapter is trained with ddp.")
     check_output(output)
@@ -112,7 +110,7 @@ def finetune(
             "devices": devices.count,
             **({} if loss is None else {VALIDATION_LOSS: loss}),
             "versions": all_versions(),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(_seconds(trainer), 1),
         }
         result = work.folder / "result"
         _save(module.model, processor, source, base, result)
@@ -122,6 +120,11 @@ def finetune(
         result.rename(output)
         work.remove()
     return record
+
+
+def _seconds(trainer: Trainer) -> float:
+    """How long was trained, without what an interruption undid."""
+    return next(own for own in trainer.callbacks if isinstance(own, Timer)).time_elapsed()
 
 
 def _base_reference(recipe: FinetuningRecipe, source: Source) -> str | None:
@@ -191,7 +194,8 @@ def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, f
     # `last` after every round, to go on from; the best beside it, to end with.
     options: dict[str, Any] = {"dirpath": folder / _CHECKPOINTS, "save_on_train_epoch_end": True}
     options["enable_version_counter"] = False
-    callbacks: list[Callback] = [ModelCheckpoint(filename="last", **options)]
+    # A timer's state is part of checkpoints, so a training that goes on later counts from its beginning.
+    callbacks: list[Callback] = [Timer(), ModelCheckpoint(filename="last", **options)]
     if recipe.validation is not None:
         callbacks.append(ModelCheckpoint(filename="best", monitor=VALIDATION_LOSS, save_weights_only=True, **options))
         if recipe.validation.patience is not None:
