@@ -68,8 +68,6 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     for seed in SEEDS:
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
-    needs = tuple(f"{modality}-{CHOOSING_SEED}" for modality in MODALITIES)
-    jobs += [_choice(places, base, own, "variation", needs) for own in VARIATIONS]
     for seed in SEEDS:
         jobs += _joint(places, base, seed)
     return {job.name: job for job in jobs}
@@ -80,10 +78,12 @@ def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
     specialists = tuple(job.name for job in trained)
     jobs = trained
     if seed == CHOOSING_SEED:
-        jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
         for own in ROWS:
             if len(own.variants) > 1:
                 jobs.append(_choice(places, base, own, "choice", specialists))
+        # Before test data is asked of anything.
+        jobs += [_choice(places, base, own, "variation", specialists) for own in VARIATIONS]
+        jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
     for modality in MODALITIES:
         model = places.model(seed, modality)
         jobs.append(
