@@ -204,6 +204,7 @@ class Checkpoint:
         self.metadata: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
         self._hashes: dict[str, _ReadHash] = {}
+        self._known_hashes: dict[str, bytes] = {}
         self._remembered = threading.local()
         for file, listed in files.items():
             infos, metadata = read_header(file)
@@ -315,12 +316,24 @@ class Checkpoint:
 
     def tensor_hash(self, name: str) -> bytes:
         """XXH3 of one tensor's bytes; what was not read in order so far is read now."""
+        if name in self._known_hashes:
+            return self._known_hashes[name]
         info, hashed = self.info(name), self._hash(name)
         while hashed.done < info.nbytes:
             piece = torch.empty(min(1 << 20, info.nbytes - hashed.done), dtype=torch.uint8)
             self._fill(piece, info, info.offset + hashed.done)
             hashed.update(hashed.done, piece)
         return hashed.hash.digest()
+
+    def finished_hash(self, name: str) -> bytes | None:
+        """The XXH3 of a tensor that was read whole and in order so far; None of others."""
+        hashed = self._hash(name)
+        return hashed.hash.digest() if hashed.done == self.info(name).nbytes else None
+
+    def adopt_hash(self, name: str, digest: bytes | None) -> None:
+        """Take over what `finished_hash` found in another process."""
+        if digest is not None:
+            self._known_hashes[name] = digest
 
     def same_tensor(self, name: str, other: "Checkpoint", other_name: str) -> bool:
         """Whether a tensor and one of a checkpoint are the same, bit by bit."""
@@ -359,6 +372,7 @@ class CheckpointWriter:
 
     Attributes:
         pending: names of the tensors that are not complete.
+        flushes: whether what is written is soon sent to the disk; a forked process leaves that to its parent.
         notes: by name of a complete tensor, what `complete` was told about it.
     """
 
@@ -372,6 +386,7 @@ class CheckpointWriter:
     ) -> None:
         self.places: dict[str, TensorInfo] = {}
         self.pending = set(tensors)
+        self.flushes = True
         self.notes: dict[str, Any] = {}
         self._folder, self._stem = folder, stem
         self._streams: dict[Path, BinaryIO] = {}
@@ -438,10 +453,22 @@ class CheckpointWriter:
         row_bytes = place.nbytes // max(1, place.shape[0]) if place.shape else 0
         stream = self._streams[place.file]
         write_from(stream.fileno(), data, place.offset + start * row_bytes)
-        self._unflushed += data.nbytes
+        if self.flushes:
+            self._flush(place.file, data.nbytes)
+
+    def _flush(self, file: Path, nbytes: int) -> None:
+        """Have what was written go to the disk in the meantime."""
+        self._unflushed += nbytes
         if self._unflushed >= FLUSH_BYTES:
             self._unflushed = 0
-            self._flushed.append(self._flusher.submit(os.fdatasync, stream.fileno()))
+            self._flushed.append(self._flusher.submit(os.fdatasync, self._streams[file].fileno()))
+
+    def adopt(self, notes: Mapping[str, Any]) -> None:
+        """Take over the tensors that a forked process completed, with its notes on them."""
+        for name, note in notes.items():
+            self.notes[name] = note
+            self.pending.discard(name)
+            self._flush(self.places[name].file, self.places[name].nbytes)
 
     def complete(self, name: str, note: Any = None) -> None:
         """Note in the journal that all rows of `name` are written, with anything that JSON can hold."""

@@ -4,8 +4,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from esmerge import results
-from esmerge.checkpoint import Checkpoint, CheckpointWriter
+from esmerge.checkpoint import PARTIAL_FILES, Checkpoint, CheckpointWriter
 from esmerge.deltas import Delta, LoraDelta, ValueDelta, is_finite
 from esmerge.encoders import (
     LLM_PREFIX,
@@ -38,6 +38,7 @@ from esmerge.scores import BLOCK_ELEMENTS, row_blocks
 from esmerge.specialists import LoraSpecialist, Specialist
 from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
+from esmerge.workers import can_fork, each
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,25 @@ class FullOutput(Output):
 _Pending = tuple[Target, Sequence[Output]]
 
 
+# From so many bytes of the result on, forking costs less than it saves.
+FORKED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a forked process knows once it has written a target.
+
+    Attributes:
+        changing: indices of specialists that changed something so far.
+        notes: by name of the tensors that it completed.
+        hashes: of the tensors that were read, as far as they were read whole and in order.
+    """
+
+    changing: set[int]
+    notes: dict[str, Any]
+    hashes: list[bytes | None]
+
+
 def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> Output:
     """The output that the plan's recipe asks for."""
     kind = AdapterOutput if plan.recipe.output.format == "adapter" else FullOutput
@@ -302,7 +322,7 @@ def make_output(plan: Plan, merger: Merger, folder: Path, observe: Observe | Non
 
 
 def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
-    """Merge and write all targets into all outputs, the largest first, on as many threads as torch would use.
+    """Merge and write all targets into all outputs, the largest first, as many at a time as torch would use threads.
 
     Each tensor is read once, whatever the number of outputs, unless its inputs together are larger than 2 GiB.
     """
@@ -312,8 +332,8 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     device, changing = torch.device(plan.recipe.device), set[int]()
     several = len(outputs) > 1
 
-    def write(entry: _Pending) -> None:
-        target, wanting = entry
+    def write(number: int) -> None:
+        target, wanting = pending[number]
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         with ExitStack() as stack:
@@ -329,39 +349,42 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
                         raise InputError(bad) from error
                     raise
 
+    def write_and_tell(number: int) -> _Done:
+        target, (output,) = pending[number]
+        before = set(output.writer.pending)
+        write(number)
+        notes = {name: output.writer.notes[name] for name in before - output.writer.pending}
+        return _Done(changing, notes, [checkpoint.finished_hash(name) for checkpoint, name in _inputs(plan, target)])
+
+    def take_over(number: int, done: _Done) -> None:
+        target, (output,) = pending[number]
+        changing.update(done.changing)
+        for (checkpoint, name), digest in zip(_inputs(plan, target), done.hashes, strict=True):
+            checkpoint.adopt_hash(name, digest)
+        output.writer.adopt(done.notes)
+        output.recall(target)
+
     _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     if all(output.is_light for output in outputs):
         workers = 1
     total = sum(_bytes(target) for target, _ in pending)
+    # Of several outputs, what is read is shared and statistics are taken: that stays in one process.
+    forked = workers > 1 and len(outputs) == 1 and total >= FORKED_BYTES and not PARTIAL_FILES and can_fork(device)
+    for output in outputs:
+        output.writer.flushes = not forked
     with (
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar,
         single_threaded_operators(),
     ):
-        for target in _each(write, pending, workers):
-            bar.update(_bytes(target))
+        for number, done in each(write_and_tell if forked else write, len(pending), workers, forked):
+            if done is not None:
+                take_over(number, done)
+            bar.update(_bytes(pending[number][0]))
     if len(pending) == len(outputs[0].targets):
         for index, specialist in enumerate(plan.specialists):
             if index not in changing:
                 logger.warning("specialist %s is identical to the base: its delta is zero everywhere", specialist.name)
-
-
-def _each(write: Callable[[_Pending], None], pending: Sequence[_Pending], workers: int) -> Iterator[Target]:
-    """Write all that is pending on some threads; yields each target once it is written."""
-    if workers == 1:
-        for entry in pending:
-            write(entry)
-            yield entry[0]
-        return
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(write, entry): entry[0] for entry in pending}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """A merge that was killed goes on where it stopped, and ends in the very files of one that was not."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,3 +305,85 @@ def test_of_inputs_whose_contents_alone_changed_is_refused(project, esmerge, esm
     code, _, err = esmerge("merge", copy / "recipe.yaml", "-o", output, "--quiet", "--resume")
     assert code == 2
     assert "of another recipe or of other inputs" in err
+
+
+FORKED = """
+import os, sys
+import esmerge.writing
+from esmerge.cli import main
+esmerge.writing.FORKED_BYTES = 0
+{patch}
+main()
+"""
+
+
+def forked(patch, *arguments):
+    """The command line and environment of a run that merges in forked processes."""
+    return [sys.executable, "-c", FORKED.format(patch=patch), *map(str, arguments)], os.environ | threads(2)
+
+
+def running(output):
+    """The processes that have a path in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(output).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads do it")
+
+
+@needs_fork
+def test_forked_processes_write_the_same_files(project, undisturbed, tmp_path):
+    """And are forked: what one of them does to its memory is not seen by the first."""
+    patch = """
+import esmerge.workers
+run = esmerge.workers._run
+def note(number):
+    open(f"{os.environ['PIDS']}/{os.getpid()}", "w").close()
+    return run(number)
+esmerge.workers._run = note
+"""
+    (tmp_path / "pids").mkdir()
+    command, environment = forked(patch, "merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")
+    # `note` is sent by its name, which only this very process and its forks know.
+    done = subprocess.run(command, env=environment | {"PIDS": str(tmp_path / "pids")}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(list((tmp_path / "pids").iterdir())) == 2
+    assert files_of(tmp_path / "merged") == undisturbed
+
+
+@needs_fork
+def test_forked_processes_end_with_the_first_and_their_work_is_gone_on_with(project, undisturbed, merge, tmp_path):
+    output = tmp_path / "merged"
+    command, environment = forked("", "merge", project / "recipe.yaml", "-o", output, "--quiet")
+    with subprocess.Popen(command, env=environment) as process:
+        while len(journal_of(output)) < 5:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        assert len(running(output)) == 3
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while running(output):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert 5 <= len(journal_of(output)) < TENSORS
+    merge(output, "--resume")
+    assert files_of(output) == undisturbed
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ("esmerge.writing.is_finite = lambda rows: False", b"has NaN or infinite values"),
+        ("esmerge.writing.merged_blocks = lambda *_: os.kill(os.getpid(), 9)", b"a process was killed, most likely"),
+    ],
+)
+def test_what_goes_wrong_in_a_forked_process_is_one_sentence(project, tmp_path, patch, said):
+    command, environment = forked(patch, "merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
+    assert not (tmp_path / "merged").exists() and not running(tmp_path)
