@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
+from tqdm import TMonitor
 
 from esmerge.errors import InputError
 
@@ -29,8 +31,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def can_fork(device: torch.device) -> bool:
-    """Whether forked processes can do the work: neither GPUs nor systems other than Linux take that well."""
-    return sys.platform == "linux" and device.type == "cpu" and not torch.cuda.is_initialized()
+    """Whether forked processes can do the work: neither GPUs nor systems other than Linux take that well.
+
+    Nor do other threads of Python: in a forked process, a lock that one of them holds stays locked for ever.
+    """
+    if sys.platform != "linux" or device.type != "cpu" or torch.cuda.is_initialized():
+        return False
+    # The one that looks after progress bars holds none that is needed.
+    others = [thread for thread in threading.enumerate() if not isinstance(thread, TMonitor)]
+    return others == [threading.current_thread()]
 
 
 def each(function: Callable[[int], Result], count: int, workers: int, processes: bool) -> Iterator[tuple[int, Result]]:

@@ -356,6 +356,25 @@ esmerge.workers._run = note
 
 
 @needs_fork
+def test_beside_other_threads_nothing_is_forked():
+    script = """
+import threading
+import torch
+from tqdm import tqdmcpu, stop = torch.device("cpu"), threading.Event()
+list(tqdm(range(3), disable=False))  # a progress bar has a thread, too
+print(can_fork(cpu), can_fork(torch.device("cuda")))
+thread = threading.Thread(target=stop.wait)
+thread.start()
+print(can_fork(cpu))
+stop.set()
+thread.join()
+print(can_fork(cpu))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "True"]
+
+
+@needs_fork
 def test_forked_processes_end_with_the_first_and_their_work_is_gone_on_with(project, undisturbed, merge, tmp_path):
     output = tmp_path / "merged"
     command, environment = forked("", "merge", project / "recipe.yaml", "-o", output, "--quiet")
