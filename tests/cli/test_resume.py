@@ -360,7 +360,9 @@ def test_beside_other_threads_nothing_is_forked():
     script = """
 import threading
 import torch
-from tqdm import tqdmcpu, stop = torch.device("cpu"), threading.Event()
+from tqdm import tqdm
+from esmerge.workers import can_fork
+cpu, stop = torch.device("cpu"), threading.Event()
 list(tqdm(range(3), disable=False))  # a progress bar has a thread, too
 print(can_fork(cpu), can_fork(torch.device("cuda")))
 thread = threading.Thread(target=stop.wait)
