@@ -84,7 +84,8 @@ def versions_sentence(places: Places) -> str:
             bases.add(_short(result["model"]["base"]["hash"]))
         seconds += result["seconds"]
     shown = ", ".join(f"{package} {' and '.join(sorted(own))}" for package, own in versions.items())
-    return f"Base {' and '.join(sorted(bases))}; {shown}. Evaluating took {seconds / 3600:.1f} hours."
+    base = f"Base {' and '.join(sorted(bases))}; " if bases else ""
+    return f"{base}{shown}. Evaluating took {seconds / 3600:.1f} hours."
 
 
 def _results(places: Places) -> Iterator[tuple[Path, dict[str, Any]]]:
