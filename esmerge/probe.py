@@ -47,7 +47,12 @@ class Probe:
 
 
 def batched(
-    inputs_embeds: Tensor, attention_mask: Tensor, masks: Mapping[str, Tensor], batch_size: int, source: str
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    masks: Mapping[str, Tensor],
+    batch_size: int,
+    source: str,
+    keep_end: bool = False,
 ) -> Probe:
     """Cut ready tensors into batches.
 
@@ -57,6 +62,7 @@ def batched(
         masks: [K, T] per modality.
         batch_size: probe inputs per batch; gradient scores depend on it.
         source: the file they are from, for messages.
+        keep_end: keep what follows the last modality position of a batch.
 
     Raises:
         InputError: if the shapes disagree, a value is not finite, or a modality is missing in an input.
@@ -83,7 +89,7 @@ def batched(
         rows = slice(start, start + batch_size)
         # What stands after the last modality position cannot reach it in a causal model; what stands before
         # the first token of the longest row is padding in all of them.
-        stop = int(stacked[:, rows].any(dim=(0, 1)).nonzero().max()) + 1
+        stop = length if keep_end else int(stacked[:, rows].any(dim=(0, 1)).nonzero().max()) + 1
         first = int(attention_mask[rows].bool().any(dim=0).nonzero().min())
         columns = slice(first, stop)
         batches.append(
@@ -92,10 +98,12 @@ def batched(
     return Probe(tuple(masks), batches)
 
 
-def read_tensors(file: Path, modalities: Sequence[str], batch_size: int, hidden_size: int) -> Probe:
+def read_tensors(
+    file: Path, modalities: Sequence[str], batch_size: int, hidden_size: int, keep_end: bool = False
+) -> Probe:
     """A probe from ready tensors: `inputs_embeds`, `attention_mask` and `mask.<modality>`.
 
-    Other tensors in the file are not read.
+    Other tensors in the file are not read. What follows the last item is left out unless `keep_end`.
 
     Raises:
         InputError: if a tensor is missing, or does not fit the others or the model's hidden size.
@@ -122,6 +130,7 @@ def read_tensors(file: Path, modalities: Sequence[str], batch_size: int, hidden_
             {name: tensors.read(f"mask.{name}") for name in modalities},
             batch_size,
             str(file),
+            keep_end,
         )
 
 
@@ -223,8 +232,11 @@ def tokenize(
     template: str,
     items: Sequence[Mapping[str, str]],
     chat_template: str | None = None,
+    keep_end: bool = False,
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Each probe input as token ids [T] and masks [T] per modality, cut after the last modality position.
+    """Each probe input as token ids [T] and masks [T] per modality.
+
+    It is cut after the last modality position, whose embeddings do not depend on what follows, unless `keep_end`.
 
     The prompt is one user turn of the chat template. A token belongs to a modality if its characters, as the
     tokenizer's offsets give them, overlap the item's: no pattern is ever searched for in token ids.
@@ -256,6 +268,7 @@ def tokenize(
         for name, (start, stop) in spans.items():
             masks[name] = (starts < stop + offset) & (ends > start + offset) & (ends > starts)
         length = max((int(mask.nonzero().max()) + 1 for mask in masks.values() if mask.any()), default=0)
+        length = len(starts) if keep_end else length
         ids = torch.tensor(encoded["input_ids"][:length])
         prompts.append((ids, {name: mask[:length] for name, mask in masks.items()}))
     return prompts
@@ -294,6 +307,7 @@ def text_probe(
     batch_size: int = 2,
     chat_template: str | None = None,
     soft_tokens: Mapping[str, Sequence[Tensor]] | None = None,
+    keep_end: bool = False,
 ) -> Probe:
     """A probe from items through the tokenizer's chat template.
 
@@ -305,10 +319,11 @@ def text_probe(
         chat_template: instead of the tokenizer's own.
         soft_tokens: of the items of modalities with an encoder, [n_k, H] each; their items are then n_k placeholder
             tokens.
+        keep_end: keep what follows the last item, up to where an answer would begin.
     """
     soft_tokens = soft_tokens or {}
     rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
-    prompts = tokenize(tokenizer, template, rows, chat_template)
+    prompts = tokenize(tokenizer, template, rows, chat_template, keep_end)
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -333,5 +348,6 @@ def text_probe(
                     "soft tokens: its placeholder must be one token of the tokenizer."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(masks[name].unsqueeze(-1).to(tokens.device), tokens)
-        batches += batched(inputs_embeds, attention, masks, batch_size, "probe inputs made from probe.data").batches
+        source = "probe inputs made from probe.data"
+        batches += batched(inputs_embeds, attention, masks, batch_size, source, keep_end).batches
     return Probe(tuple(data), batches)

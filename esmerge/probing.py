@@ -50,7 +50,7 @@ def measure_signals(
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
-        make_probe(plan, backbone, progress),
+        make_probe(plan, backbone, progress, keep_end="own_and_after" in [*inputs, *(own.positions for own in merges)]),
         SignalSettings(
             scores=None if settings.granularity == "layer" else recipe.space,
             projections=settings.projections,
@@ -88,12 +88,16 @@ def _probed(plan: Plan, index: int, backbone: Backbone) -> ProbedSpecialist:
     return ProbedSpecialist(specialist.name, layer_deltas, norm_deltas)
 
 
-def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
-    """The recipe's probe, from ready tensors or from items."""
+def make_probe(plan: Plan, backbone: Backbone, progress: bool = False, keep_end: bool = False) -> Probe:
+    """The recipe's probe, from ready tensors or from items.
+
+    Args:
+        keep_end: keep what follows the last item.
+    """
     recipe, names = plan.recipe.probe, list(plan.recipe.specialists)
     assert recipe is not None
     if recipe.tensors is not None:
-        return read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size)
+        return read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size, keep_end)
     from transformers import AutoTokenizer
 
     assert recipe.data is not None and recipe.samples is not None and recipe.template is not None
@@ -120,7 +124,16 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False) -> Probe:
         else:
             soft_tokens[name] = _soft_tokens(modality, encoders[name], items[name], backbone, progress)
             items[name] = [modality.placeholder * len(tokens) for tokens in soft_tokens[name]]
-    return text_probe(tokenizer, recipe.template, items, backbone.embed, recipe.batch_size, chat_template, soft_tokens)
+    return text_probe(
+        tokenizer,
+        recipe.template,
+        items,
+        backbone.embed,
+        recipe.batch_size,
+        chat_template,
+        soft_tokens,
+        keep_end,
+    )
 
 
 def _soft_tokens(

@@ -28,8 +28,9 @@ from esmerge.probe import Probe
 from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 
 Distance = Literal["mse", "frobenius"]
-# At which positions inputs of linear layers are taken: of the specialist's own modality, or all up to the last item.
-Positions = Literal["own", "all"]
+# At which positions inputs of linear layers are taken: of the specialist's own modality, of that and of what follows
+# the last item, or all up to the last item.
+Positions = Literal["own", "own_and_after", "all"]
 # By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
 Inputs = dict[str, list[Spooled]]
 # Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read. More
@@ -229,15 +230,31 @@ def _push_merged(
 
 
 def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, Tensor]]:
-    """By batch, the positions at which to take down what linear layers read: own [M, B, T] and all [B, T]."""
+    """By batch, the positions at which to take down what linear layers read, [M, B, T]."""
     if not wanted:
         return [{} for _ in probe.batches]
     # Of each input, whatever stands in the same batch.
     items = [batch.masks.any(dim=0) for batch in probe.batches]
     before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
-    alls = _thinned([b.attention_mask.bool() & part for b, part in zip(probe.batches, before_end, strict=True)])
-    owns = [_thinned([batch.masks[index] for batch in probe.batches]) for index in range(len(probe.modalities))]
-    return [{"own": torch.stack(own), "all": of_all} for *own, of_all in zip(*owns, alls, strict=True)]
+    attended = [batch.attention_mask.bool() for batch in probe.batches]
+    alls = _thinned([mask & part for mask, part in zip(attended, before_end, strict=True)])
+    after = [mask & ~part for mask, part in zip(attended, before_end, strict=True)]
+    modalities = range(len(probe.modalities))
+    owns = [_thinned([batch.masks[index] for batch in probe.batches]) for index in modalities]
+    longer = [
+        _thinned([batch.masks[index] | part for batch, part in zip(probe.batches, after, strict=True)])
+        for index in modalities
+    ]
+    found: list[dict[Positions, Tensor]] = []
+    for number, of_all in enumerate(alls):
+        found.append(
+            {
+                "own": torch.stack([masks[number] for masks in owns]),
+                "own_and_after": torch.stack([masks[number] for masks in longer]),
+                "all": of_all.expand(len(modalities), -1, -1),
+            }
+        )
+    return found
 
 
 def _thinned(masks: Sequence[Tensor]) -> list[Tensor]:
@@ -393,11 +410,12 @@ class _Reading:
     def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
-            masks = {"own": self.batch.reads["own"][self._own], "all": self.batch.reads["all"]}
+            masks = {where: mask[self._own] for where, mask in self.batch.reads.items()}
+            count = masks["all"].numel()
             rows = x.flatten(0, -2)  # some layers read the positions of all inputs in one go
-            if len(rows) != masks["all"].numel():
+            if len(rows) != count:
                 raise InputError(
-                    f"{name} reads {len(rows)} of {masks['all'].numel()} positions, as experts do: methods that match "
+                    f"{name} reads {len(rows)} of {count} positions, as experts do: methods that match "
                     "inputs cannot merge it; use another method."
                 )
             self._latest = x, {where: rows[masks[where].flatten()] for where in self._positions}

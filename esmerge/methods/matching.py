@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from esmerge.methods.arithmetic import scaled_sum
-from esmerge.methods.registry import Finite, MakeMatcher, merging_method
+from esmerge.methods.registry import Finite, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
-Tokens = Literal["own", "all"]
+Tokens = Literal["own", "own_and_after", "all"]
+Terms = Literal["equal", "as_read"]
 Activations = Literal["specialist", "merged"]
 # Columns or rows of the inputs that are in float64 at a time.
 _COLUMNS = _ROWS = 1 << 10
@@ -48,17 +49,17 @@ class Matching:
     factor: Tensor
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], weights: Sequence[float], *, shrink: float, trace: bool) -> "Matching":
+    def of(cls, inputs: Sequence[Tensor], weights: Sequence[float], *, shrink: float, terms: Terms) -> "Matching":
         """Prepare the solution.
 
         Args:
             inputs: X_i [n_i, in] for each specialist.
             weights: of the specialists.
-            trace: divide each X_i^T X_i by its trace, so that neither the number nor the size of its inputs makes a
-                specialist count more.
+            terms: `equal` divides each X_i^T X_i by its trace, so that neither the number nor the size of its inputs
+                makes a specialist count more; `as_read` leaves them as they are.
         """
         diagonals = [_squared_norms(x) for x in inputs]
-        totals = [float(diagonal.sum()) if trace else 1.0 for diagonal in diagonals]
+        totals = [float(diagonal.sum()) if terms == "equal" else 1.0 for diagonal in diagonals]
         scales = [weight / total if total > 0 else 0.0 for weight, total in zip(weights, totals, strict=True)]
         remainder = sum(
             (scale * (1 - shrink) * diagonal for scale, diagonal in zip(scales, diagonals, strict=True)),
@@ -138,28 +139,25 @@ def averaged(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: float = 1.0)
 
 
 def _matched(
-    match: MakeMatcher,
     deltas: Sequence[Tensor],
     weights: Tensor,
     inputs: Sequence[Tensor] | None,
     shrink: float,
+    terms: Terms,
     lambda_: float,
 ) -> Tensor:
     if inputs is None:
         return averaged(deltas, weights, lambda_=lambda_)
-    return match(inputs, weights.flatten().tolist(), shrink=shrink).merge(deltas).mul_(lambda_)
+    return Matching.of(inputs, weights.flatten().tolist(), shrink=shrink, terms=terms).merge(deltas).mul_(lambda_)
 
 
-_SAME_SIZE = partial(Matching.of, trace=True)
-_AS_THEY_ARE = partial(Matching.of, trace=False)
-
-
-@merging_method(combine=averaged, match=_SAME_SIZE)
+@merging_method(combine=averaged, match=Matching.of)
 def embedding_matching(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
     tokens: Tokens = "own",
+    terms: Terms = "equal",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
@@ -170,12 +168,13 @@ def embedding_matching(
     The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
     specialist i for the probe, at the positions of i's own modality (where there are more than 2,048, at so many of
     them, evenly spread). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with modality masks, and with terms
-    of equal size.
+    of equal size unless they are wanted as they are.
 
     Args:
         weights: one number per specialist.
-        tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, or `all` up
-            to the last item.
+        tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, those and
+            what follows the last item (`own_and_after`), or `all` up to the last item.
+        terms: `equal`, as above, or `as_read`, without the traces: a modality with more positions then counts more.
         activations: whose layers hand on what the next layer of a specialist reads: the `specialist`'s own, or the
             `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3), before anything is truncated to
             the rank of an adapter.
@@ -183,31 +182,29 @@ def embedding_matching(
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
     """
-    return _matched(_SAME_SIZE, deltas, weights, inputs, shrink, lambda_)
+    return _matched(deltas, weights, inputs, shrink, terms, lambda_)
 
 
-@merging_method(combine=averaged, match=_AS_THEY_ARE)
+@merging_method(combine=averaged, match=partial(Matching.of, terms="as_read"))
 def regmean(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
-    tokens: Tokens = "all",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe: `embedding_matching` with terms as they are.
+    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the whole probe.
 
-    All specialists get the same probe: what the first layer reads is then the same for all of them, and its weights are
-    averaged, unless `tokens` is `own`, which gives each specialist data of its own as the paper has it.
+    All specialists get the same probe: what the first layer reads is the same for all of them, and its weights are
+    averaged. `embedding_matching` with terms `as_read` gives each specialist data of its own, as the paper has it.
 
     Args:
         weights: one number per specialist.
-        tokens: as of `embedding_matching`.
         activations: as of `embedding_matching`; `merged` makes it RegMean++.
         shrink: what off-diagonal elements of each X_i^T X_i are multiplied by (their alpha).
         lambda_: scale of the result.
         inputs: X_i [n_i, in], from the engine; None for a tensor that is no linear layer's weight.
     """
-    return _matched(_AS_THEY_ARE, deltas, weights, inputs, shrink, lambda_)
+    return _matched(deltas, weights, inputs, shrink, "as_read", lambda_)

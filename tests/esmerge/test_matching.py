@@ -1,6 +1,7 @@
 """Methods that match what the specialists read, against plain transformers, PEFT and the normal equations."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +42,11 @@ def test_is_the_solution_of_the_normal_equations(random, counts):
     inputs = [torch.randn(count, 24, generator=random) * scale for count in counts]
     weights = torch.tensor([0.2, 0.5, 0.3])
     for shrink in (0.0, 0.5, 0.9, 0.999):
-        for method, trace in ((embedding_matching, True), (regmean, False)):
+        for method, trace in (
+            (embedding_matching, True),
+            (partial(embedding_matching, terms="as_read"), False),
+            (regmean, False),
+        ):
             found = method(deltas, weights, inputs=inputs, shrink=shrink, lambda_=2.0)
             expected = 2 * normal_equations(deltas, weights.tolist(), inputs, shrink, trace)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -84,14 +89,16 @@ def probed(llama, recipe, random):
         save_file(tensors, llama / f"probe-{count}.safetensors")
         content = recipe | {"probe": {"tensors": f"probe-{count}.safetensors"}, "method": method}
         content["coefficients"] = "uniform"
-        own = isinstance(method, dict) or method == "embedding_matching"
+        tokens = "all" if method == "regmean" else "own"
+        if isinstance(method, dict):
+            tokens = method.get("tokens", tokens)
         read = {}
         for name in names:
             base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
             model = PeftModel.from_pretrained(base, llama / name)
-            # The probe ends with its last item.
-            all_of_it = tensors["attention_mask"].bool() & (torch.arange(LENGTH) < 4 + 3 * names.index("cell"))
-            positions = tensors[f"mask.{name}"] if own else all_of_it
+            own, after = tensors[f"mask.{name}"], torch.arange(LENGTH) >= 4 + 3 * names.index("cell")
+            all_of_it = tensors["attention_mask"].bool() & ~after
+            positions = {"own": own, "own_and_after": own | after, "all": all_of_it}[tokens]
             read[name] = {}
 
             def note(module, arguments, key, read=read[name], positions=positions):
@@ -119,12 +126,22 @@ def expected_of(llama, read, trace, shrink=0.9):
     return merged
 
 
-@pytest.mark.parametrize(("count", "method"), [(2, "embedding_matching"), (9, "embedding_matching"), (4, "regmean")])
-def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, count, method):
+@pytest.mark.parametrize(
+    ("count", "method", "trace"),
+    [
+        (2, "embedding_matching", True),
+        (9, "embedding_matching", True),
+        (4, "regmean", False),
+        (4, {"name": "embedding_matching", "tokens": "own_and_after"}, True),
+        (4, {"name": "embedding_matching", "terms": "as_read"}, False),
+        (4, {"name": "embedding_matching", "tokens": "all"}, True),
+    ],
+)
+def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, count, method, trace):
     content, read = probed(count, method)
     folder = merge(content)
     merged = load_file(folder / "adapter_model.safetensors")
-    expected = expected_of(llama, read, method == "embedding_matching")
+    expected = expected_of(llama, read, trace)
     assert len(merged) == 2 * len(expected) == 2 * 3 * 7
     for module, delta in expected.items():
         factors = [merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA"]
@@ -282,6 +299,8 @@ def test_signals_can_weigh_the_terms(llama, merge, probed):
         ({"coefficients": {"from": "embedding_signals"}}, "granularity: method embedding_matching takes one number"),
         ({"method": {"name": "embedding_matching", "shrink": 1.0}}, "shrink"),
         ({"method": {"name": "embedding_matching", "tokens": "some"}}, "tokens"),
+        ({"method": {"name": "embedding_matching", "terms": "some"}}, "terms"),
+        ({"method": {"name": "regmean", "tokens": "own"}}, "tokens"),
         (
             {
                 "coefficients": {"from": "embedding_signals", "granularity": "layer"},
@@ -310,6 +329,7 @@ def test_several_methods_are_compared_with_one_probe(llama, probed, esmerge, tmp
     content["probe"]["tensors"] = str(llama / content["probe"]["tensors"])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     methods = ["linear", "embedding_matching", "{name: embedding_matching, tokens: all}", "regmean"]
+    methods += ["{name: embedding_matching, terms: as_read}", "{name: embedding_matching, tokens: own_and_after}"]
     methods += ["{name: embedding_matching, activations: merged}", "{name: regmean, activations: merged}"]
     options = [word for method in methods for word in ("--method", method)]
     code, _, err = esmerge("compare", tmp_path / "recipe.yaml", "-o", tmp_path / "compared", "--quiet", *options)

@@ -88,8 +88,15 @@ def test_masks_take_tokens_that_overlap_the_item(tokenizer):
 
 
 def test_prompt_ends_with_the_last_item(bytewise):
-    [(ids, _)] = tokenize(bytewise, TEMPLATE + ". Is it toxic?", [{"molecule": "CCO", "protein": "MKT"}])
+    question, items = TEMPLATE + ". Is it toxic?", [{"molecule": "CCO", "protein": "MKT"}]
+    [(ids, masks)] = tokenize(bytewise, question, items)
     assert bytewise.decode(ids) == BEFORE + "Molecule: CCO\nProtein: MKT"
+    [(longer, wider)] = tokenize(bytewise, question, items, keep_end=True)
+    after = bytewise.decode(longer).removeprefix(BEFORE + "Molecule: CCO\nProtein: MKT")
+    assert after.startswith(". Is it toxic?")
+    for name, mask in masks.items():
+        assert len(wider[name]) == len(longer)
+        assert torch.equal(wider[name].nonzero(), mask.nonzero())
 
 
 def test_chat_template_in_place_of_the_tokenizers(bytewise):
