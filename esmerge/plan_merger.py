@@ -10,10 +10,11 @@ from esmerge.coefficients import layer_coefficients
 from esmerge.deltas import Delta
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
 from esmerge.methods import METHODS, Method
+from esmerge.methods.matching import Positions
 from esmerge.names import inner_name
 from esmerge.plan import Plan
 from esmerge.recipe import SignalsRecipe
-from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge, Positions
+from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge
 
 logger = logging.getLogger(__name__)
 

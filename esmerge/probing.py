@@ -10,6 +10,7 @@ from esmerge.cache import user_cache
 from esmerge.deltas import Delta, LoraDelta
 from esmerge.encoders import encoders_of, weights_hash, weights_of
 from esmerge.errors import InputError
+from esmerge.methods.matching import Positions
 from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
 from esmerge.names import inner_name, natural_order
@@ -18,7 +19,7 @@ from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
 from esmerge.remote_code import FLAG
 from esmerge.scores import Scratch
-from esmerge.signals import EmbeddingSignals, LayerMerge, Positions, ProbedSpecialist, SignalSettings, embedding_signals
+from esmerge.signals import EmbeddingSignals, LayerMerge, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
 from esmerge.targets import Target
 

@@ -24,13 +24,11 @@ from esmerge.backbone import Backbone, LayerArguments, run_layer
 from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
+from esmerge.methods.matching import Positions
 from esmerge.probe import Probe
 from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 
 Distance = Literal["mse", "frobenius"]
-# At which positions inputs of linear layers are taken: of the specialist's own modality, of that and of what follows
-# the last item, or all up to the last item.
-Positions = Literal["own", "own_and_after", "all"]
 # By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
 Inputs = dict[str, list[Spooled]]
 # Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read. More

@@ -16,7 +16,9 @@ from esmerge.methods.arithmetic import scaled_sum
 from esmerge.methods.registry import Finite, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
-Tokens = Literal["own", "own_and_after", "all"]
+# At which positions inputs of linear layers are taken: of the specialist's own modality, of that and of what follows
+# the last item, or all up to the last item.
+Positions = Literal["own", "own_and_after", "all"]
 Terms = Literal["equal", "as_read"]
 Activations = Literal["specialist", "merged"]
 # Columns or rows of the inputs that are in float64 at a time.
@@ -156,7 +158,7 @@ def embedding_matching(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
-    tokens: Tokens = "own",
+    tokens: Positions = "own",
     terms: Terms = "equal",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
