@@ -23,7 +23,7 @@ from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
 from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
-from benchmarks.testbed.study.rows import PUBLISHED, ROWS, VARIATIONS, Row
+from benchmarks.testbed.study.rows import AS_READ, PUBLISHED, ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import (
@@ -261,7 +261,7 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         scores_table(found),
         *(
             _paired(found, resamples, name)
-            for name in (AS_PUBLISHED, "es_both", "embedding_matching")
+            for name in (AS_PUBLISHED, "es_both", "embedding_matching", AS_READ)
             if name in found.scores
         ),
         "### Settings, and how they were chosen",

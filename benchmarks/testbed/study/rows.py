@@ -48,7 +48,9 @@ def _named(variants: list[Variant]) -> dict[str, Variant]:
     for variant in variants:
         fields = {**variant["method"], **variant["coefficients"]} if isinstance(variant["coefficients"], dict) else {}
         fields = {**variant["method"], **fields}
-        shown = [f"{k}_{v}" for k, v in fields.items() if k not in ("name", "from", "granularity", *MODALITIES)]
+        shown = [
+            f"{k}_{v}" for k, v in fields.items() if k not in ("name", "terms", "from", "granularity", *MODALITIES)
+        ]
         named["-".join(shown) or "only"] = variant
     return named
 
@@ -72,6 +74,9 @@ def _grid_of(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
 # As the paper has it: of both granularities, in factors, at the released code's temperatures.
 PUBLISHED = "es_both_factors"
 PUBLISHED_VARIANT = "temperature_0.5-tau_0.1"
+
+# Embedding matching whose terms are as large as what they were read from.
+AS_READ = "embedding_matching_as_read"
 
 ROWS: tuple[Row, ...] = (
     Row("uniform", "uniform average", _named([{"method": {"name": "linear"}, "coefficients": "uniform"}])),
@@ -119,12 +124,17 @@ ROWS: tuple[Row, ...] = (
         _from_signals("both", (1.0, 2.0), [{"temperature": 0.5, "tau": 0.1}, {"temperature": 2.0, "tau": 1.0}]),
         True,
     ),
-    # Whose tokens: all of the probe, or data of one's own, as the paper has it.
-    Row("regmean", "RegMean", _summed("regmean", tokens=("own", "all"), **{"lambda": (1.0, 1.25)})),
+    Row("regmean", "RegMean", _summed("regmean", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)})),
     Row(
         "embedding_matching",
         "embedding matching",
         _summed("embedding_matching", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
+        True,
+    ),
+    Row(
+        AS_READ,
+        "embedding matching, as read",
+        _summed("embedding_matching", terms=("as_read",), shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
         True,
     ),
 )
@@ -150,6 +160,17 @@ VARIATIONS: tuple[Row, ...] = (
         "matching_positions",
         "matching: whose positions",
         {"own modality": _matching(), "all up to the last item": _matching(tokens="all")},
+        True,
+    ),
+    Row(
+        "matching_as_read",
+        "matching, as read: whose positions, what layers read, shrinking",
+        {
+            "own modality": _matching(terms="as_read"),
+            "own modality and what follows the last item": _matching(terms="as_read", tokens="own_and_after"),
+            "merged layers, as in RegMean++": _matching(terms="as_read", activations="merged"),
+            "shrinking of 0.98": _matching(terms="as_read", shrink=0.98),
+        },
         True,
     ),
     Row(
