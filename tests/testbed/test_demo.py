@@ -54,11 +54,14 @@ def test_the_demo_on_a_tiny_base(llama, trained, tmp_path, monkeypatch, capsys):
         "cell specialist",
         "uniform average",
         "ES-Merging",
+        "embedding matching",
     ]
     scores = json.loads((output / "demo.json").read_text())
-    assert {task: score["samples"] for task, score in scores["ES-Merging"].items()} == dict.fromkeys(TASKS.values(), 6)
-    assert "\nES-Merging: " in shown and ask.QUESTION in shown
-    for name in ("uniform", "es"):
+    assert {task: score["samples"] for task, score in scores["embedding matching"].items()} == dict.fromkeys(
+        TASKS.values(), 6
+    )
+    assert "\nMerged model: " in shown and ask.QUESTION in shown
+    for name in ("uniform", "es", "matching"):
         model, processor = load_model(output / name, llama / "base")
         assert set(model.encoders) == {"molecule", "protein"} and set(processor.modalities) == set(MODALITIES)
         results = json.loads((output / name / "results" / "b3db.json").read_text())
@@ -71,8 +74,8 @@ def test_recipes_are_valid_and_their_probe_is_held_out(tmp_path):
     specialists = {modality: tmp_path / modality for modality in MODALITIES}
     for folder in (tmp_path / "base", *specialists.values()):
         folder.mkdir()
-    for name, _, coefficients in demo.MERGES:
-        load_recipe(demo._write_recipe(tmp_path / f"{name}.yaml", tmp_path / "base", specialists, coefficients))
+    for own in demo.MERGES:
+        load_recipe(demo._write_recipe(tmp_path / f"{own.name}.yaml", tmp_path / "base", specialists, own))
     for modality in MODALITIES:
         items = (tmp_path / f"{modality}.txt").read_text().splitlines()
         assert len(set(items)) == demo.PROBE_SAMPLES
