@@ -146,6 +146,16 @@ def test_coefficients_as_table_and_figures(merge, recipe, esmerge):
         assert (folder / path).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("method", "part"), [("embedding_matching", "its own modality"), ("regmean", "the probe")])
+def test_methods_that_match_say_what_their_coefficients_are(merge, recipe, esmerge, method, part):
+    folder = merge(recipe | {"coefficients": "uniform", "method": method})
+    assert esmerge("card", folder)[0] == 0
+    shown = text(folder)
+    assert f"to doing what each specialist's own do to {part}, linear layer by" in shown
+    assert "| all | 0.333 | 0.333 | 0.333 |" in shown
+    assert "@inproceedings{jin2023dataless," in shown and "names its paper" not in shown
+
+
 def test_scores_come_back_from_the_card(merge, recipe, esmerge, results, connected):
     recipe["coefficients"] = "uniform"
     folder = merge(recipe)
