@@ -43,8 +43,9 @@ def measure_signals(
     """
     recipe = plan.recipe
     assert recipe.probe is not None
-    settings = recipe.coefficients
+    settings, signals_wanted = recipe.coefficients, True
     if not isinstance(settings, SignalsRecipe):
+        signals_wanted = False
         settings = SignalsRecipe.model_validate({"from": "embedding_signals", "granularity": "layer"})
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
     backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint, plan.trust_remote_code)
@@ -59,6 +60,7 @@ def measure_signals(
             distance=settings.distance,
             tokens=settings.tokens,
             seed=recipe.seed,
+            distances=signals_wanted,
             inputs=inputs,
             keep_responses=recipe.output.signals,
         ),

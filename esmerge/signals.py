@@ -25,7 +25,7 @@ from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
 from esmerge.methods.matching import Positions
-from esmerge.probe import Probe
+from esmerge.probe import Probe, ProbeBatch
 from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 
 Distance = Literal["mse", "frobenius"]
@@ -83,6 +83,8 @@ class SignalSettings:
             Frobenius norm (paper).
         tokens: whose positions it takes: the specialist's `primary` modality (released code) or `all` (paper).
         seed: of the directions.
+        distances: measure distances, and gradient scores. Without them the base does not run, and a specialist only as
+            far into each probe input as something is read.
         inputs: at which positions to keep the inputs of the linear layers that some specialist changes.
         keep_responses: keep the pooled embeddings, [K, H] for each model, modality and layer.
     """
@@ -93,6 +95,7 @@ class SignalSettings:
     distance: Distance = "mse"
     tokens: Literal["primary", "all"] = "primary"
     seed: int = 42
+    distances: bool = True
     inputs: Sequence[Positions] = ()
     keep_responses: bool = False
 
@@ -102,9 +105,9 @@ class EmbeddingSignals:
     """What one pass over the probe found.
 
     Attributes:
-        distances: float64 [S, M, L], sliced Wasserstein distance between specialist and base.
+        distances: float64 [S, M, L], sliced Wasserstein distance between specialist and base; NaN if not wanted.
         planes: float32 [M, 1 + S, L, K, 2], pooled embeddings of the base and the specialists on their first
-            two principal axes, per modality and layer.
+            two principal axes, per modality and layer; NaN if not wanted.
         scores: by tensor name, one score per specialist. Tensor names are canonical (`layers.N.<module>.weight`);
             `layers.N.<module>.lora_a.weight` and `.lora_b.weight` for scores of factors.
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
@@ -137,65 +140,104 @@ def embedding_signals(
         InputError: if an embedding is not finite, with the layer and the tensor that is to blame.
     """
     count, modalities, device = len(specialists), probe.modalities, backbone.device
+    owns = [modalities.index(specialist.name) for specialist in specialists]
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(device)
     shapes = [batch.attention_mask.shape for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
     reads = _read_positions(probe, bool(settings.inputs or merges))
-    batches = [
-        _Batch(
-            *backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask),
-            batch.masks.to(device),
-            {positions: mask.to(device) for positions, mask in read.items()},
-        )
-        for batch, read in zip(probe.batches, reads, strict=True)
-    ]
-    base_states = [batch.first for batch in batches]
-    states = [list(base_states) for _ in specialists]
-    merged_states = [list(base_states) for _ in merges]
-    signals = EmbeddingSignals(
-        torch.zeros(count, len(modalities), backbone.num_layers, dtype=torch.float64),
-        torch.zeros(len(modalities), 1 + count, backbone.num_layers, probe.size, 2),
+    pairs = list(zip(probe.batches, reads, strict=True))
+    whole = settings.distances or {*settings.inputs, *(merge.positions for merge in merges)} != {"own"}
+    batches = [_on_device(batch, read, backbone) for batch, read in pairs] if whole or merges else []
+    batches_of = (
+        [batches] * count
+        if whole
+        else [[_on_device(*_until_last(batch, read, own), backbone) for batch, read in pairs] for own in owns]
     )
-    steps = backbone.num_layers * (1 + count + len(merges))
+    base_states = [batch.first for batch in batches] if settings.distances else []
+    # Where only merged layers hand on what is read, the specialists' own hidden states are nobody's.
+    alone = specialists if settings.distances or settings.inputs else []
+    states = [[batch.first for batch in read] for read in batches_of]
+    merged_states = [[batch.first for batch in batches] for _ in merges]
+    signals = EmbeddingSignals(
+        torch.full((count, len(modalities), backbone.num_layers), torch.nan, dtype=torch.float64),
+        torch.full((len(modalities), 1 + count, backbone.num_layers, probe.size, 2), torch.nan),
+    )
+    steps = backbone.num_layers * (settings.distances + len(alone) + len(merges))
     with tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress) as bar:
         for number, layer in enumerate(backbone.iterate_layers()):
             last = number == backbone.num_layers - 1
             norm = backbone.final_norm()[1] if last else nn.Identity()
             far = partial(_distance, norm=norm, distance=settings.distance)
-            with torch.no_grad():
-                _push(layer, number, batches, base_states)
-                targets = [norm(state) for state in base_states]
-            pooled = [_pool(base_states, batches)]
-            bar.update()
+            pooled, targets = [], []
+            if settings.distances:
+                with torch.no_grad():
+                    _push(layer, number, batches, base_states)
+                    targets = [norm(state) for state in base_states]
+                pooled.append(_pool(base_states, batches))
+                bar.update()
             deltas = [specialist.layer_deltas(number) for specialist in specialists]
             touched = sorted(set().union(*deltas))
-            for i, specialist in enumerate(specialists):
-                own = modalities.index(specialist.name)
+            for i, specialist in enumerate(alone):
+                own = owns[i]
                 measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
                 gradients = _make_gradients(settings.scores, deltas[i], touched, layer)
                 reading = _Reading(layer, touched, own, settings.inputs)
                 with attached(norm, specialist.norm_deltas() if last else {}), reading:
-                    _advance(layer, number, batches, states[i], gradients, targets, far, measured, reading)
+                    _advance(layer, number, batches_of[i], states[i], gradients, targets, far, measured, reading)
                 for positions, found in reading.spooled(scratch).items():
                     kept = signals.inputs.setdefault(positions, {})
                     for name, spooled in found.items():
                         kept.setdefault(f"layers.{number}.{name}", []).append(spooled)
                 for name, score in gradients.scores(scratch).items():
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
-                pooled.append(_pool(states[i], batches))
+                if settings.distances:
+                    pooled.append(_pool(states[i], batches))
+                elif not _is_finite(states[i], batches_of[i], own):
+                    raise InputError(_blame(number, layer, backbone, specialist))
                 bar.update()
-            responses = torch.stack(pooled, dim=1)
-            if not responses.isfinite().all():
-                raise InputError(_blame(responses, number, layer, backbone, specialists))
-            _enter_distances(signals, responses, number, directions, modalities, settings)
-            owns = [modalities.index(specialist.name) for specialist in specialists]
+            if settings.distances:
+                responses = torch.stack(pooled, dim=1)
+                bad = (~responses.isfinite()).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten().tolist()
+                if bad:
+                    raise InputError(_blame(number, layer, backbone, specialists[bad[0] - 1] if bad[0] else None))
+                _enter_distances(signals, responses, number, directions, modalities, settings)
             for merge, own_states in zip(merges, merged_states, strict=True):
-                inputs = _read(layer, number, batches, own_states, deltas, touched, owns, merge.positions, scratch)
+                inputs: Inputs = {}
+                for i, specialist in enumerate(specialists):
+                    reading = _Reading(layer, touched, owns[i], [merge.positions])
+                    with attached(layer, deltas[i]), reading, torch.no_grad():
+                        outputs = _read(layer, number, batches_of[i], own_states, reading)
+                    if not _is_finite(outputs, batches_of[i], owns[i]):
+                        raise InputError(_blame(number, layer, backbone, specialist))
+                    for name, spooled in reading.spooled(scratch)[merge.positions].items():
+                        inputs.setdefault(f"layers.{number}.{name}", []).append(spooled)
                 signals.inputs.setdefault(merge.key, {}).update(inputs)
                 if not last:
                     _push_merged(layer, number, batches, own_states, merge, inputs, backbone)
                 bar.update()
     return signals
+
+
+def _on_device(batch: ProbeBatch, reads: Mapping[Positions, Tensor], backbone: Backbone) -> "_Batch":
+    return _Batch(
+        *backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask),
+        batch.masks.to(backbone.device),
+        {positions: mask.to(backbone.device) for positions, mask in reads.items()},
+    )
+
+
+def _until_last(
+    batch: ProbeBatch, reads: Mapping[Positions, Tensor], own: int
+) -> tuple[ProbeBatch, dict[Positions, Tensor]]:
+    """A batch up to the last position of a modality, which no later one can reach in a causal model."""
+    stop = int(batch.masks[own].any(dim=0).nonzero().max()) + 1
+    cut = ProbeBatch(batch.inputs_embeds[:, :stop], batch.attention_mask[:, :stop], batch.masks[..., :stop])
+    return cut, {positions: mask[..., :stop] for positions, mask in reads.items()}
+
+
+def _is_finite(states: Sequence[Tensor], batches: Sequence["_Batch"], own: int) -> bool:
+    """Whether all hidden states are at the positions of a modality."""
+    return all(bool(state[batch.masks[own]].isfinite().all()) for state, batch in zip(states, batches, strict=True))
 
 
 def _push(layer: nn.Module, number: int, batches: Sequence["_Batch"], states: list[Tensor]) -> None:
@@ -268,27 +310,14 @@ def _thinned(masks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _read(
-    layer: nn.Module,
-    number: int,
-    batches: Sequence["_Batch"],
-    states: Sequence[Tensor],
-    deltas: Sequence[Mapping[str, Delta]],
-    touched: Sequence[str],
-    owns: Sequence[int],
-    positions: Positions,
-    scratch: Scratch,
-) -> Inputs:
-    """What the linear layers of each specialist's version of a layer read where all get the same hidden states."""
-    inputs: Inputs = {}
-    for own, changes in zip(owns, deltas, strict=True):
-        reading = _Reading(layer, touched, own, [positions])
-        with attached(layer, changes), reading, torch.no_grad():
-            for state, batch in zip(states, batches, strict=True):
-                reading.batch = batch
-                run_layer(layer, state, batch.arguments[number])
-        for name, found in reading.spooled(scratch)[positions].items():
-            inputs.setdefault(f"layers.{number}.{name}", []).append(found)
-    return inputs
+    layer: nn.Module, number: int, batches: Sequence["_Batch"], states: Sequence[Tensor], reading: "_Reading"
+) -> list[Tensor]:
+    """Have a layer read hidden states as far as batches go; returns what it makes of them."""
+    outputs = []
+    for state, batch in zip(states, batches, strict=True):
+        reading.batch = batch
+        outputs.append(run_layer(layer, state[:, : batch.first.shape[1]], batch.arguments[number]))
+    return outputs
 
 
 def _advance(
@@ -551,19 +580,15 @@ def _make_gradients(
     return _NoGradients(deltas)
 
 
-def _blame(
-    responses: Tensor, number: int, layer: nn.Module, backbone: Backbone, specialists: Sequence[ProbedSpecialist]
-) -> str:
-    """The sentence that names what made embeddings [M, 1 + S, K, H] of layer `number` infinite or NaN."""
+def _blame(number: int, layer: nn.Module, backbone: Backbone, specialist: ProbedSpecialist | None) -> str:
+    """The sentence that names what made embeddings of layer `number` infinite or NaN, in a specialist or the base."""
     for name, parameter in layer.named_parameters():
         if not parameter.isfinite().all():
             return (
                 f"{backbone.folder}: tensor {backbone.layers_name}.{number}.{name} has NaN or infinite values; "
                 "download or save the base again."
             )
-    bad = (~responses.isfinite()).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten().tolist()[0]
-    deltas = specialists[bad - 1].layer_deltas(number).values() if bad else ()
-    for delta in deltas:
+    for delta in specialist.layer_deltas(number).values() if specialist else ():
         stored = delta.first if isinstance(delta, SumDelta) else delta
         if (
             isinstance(stored, ValueDelta)
@@ -571,7 +596,7 @@ def _blame(
         ):
             file = stored.checkpoint.info(stored.name).file
             return f"{file}: tensor {stored.name} has NaN or infinite values; download or save it again."
-    model = "the base" if bad == 0 else f"specialist {specialists[bad - 1].name}"
+    model = f"specialist {specialist.name}" if specialist else "the base"
     return (
         f"the embeddings of {model} overflow at layer {number} in {str(backbone.dtype).removeprefix('torch.')}; "
         "set probe.dtype to float32 or bfloat16."

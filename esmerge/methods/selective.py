@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +62,17 @@ def pcb(deltas: Sequence[Tensor], weights: Tensor, *, density: Fraction = 0.1, l
 
 def _clipped(rows: Tensor, low: float, high: float) -> Tensor:
     size = rows.shape[1]
-    ordered = rows.sort(dim=1).values
-    smallest = ordered[:, min(size - 1, int(size * low))]
-    largest = ordered[:, max(0, int(size * (1 - high) - 1))]
+    places = [min(size - 1, int(size * low)), max(0, int(size * (1 - high) - 1))]
+    smallest, largest = _in_order(rows, places).unbind(dim=1)
     return rows.clamp(smallest[:, None], torch.maximum(smallest, largest)[:, None])
+
+
+def _in_order(rows: Tensor, places: list[int]) -> Tensor:
+    """What stands in some places of each row once it is sorted."""
+    if rows.device.type != "cpu":
+        return rows.sort(dim=1).values[:, places]
+    # Without sorting the rest, which takes seven times as long.
+    return torch.from_numpy(np.stack([np.partition(row, places)[places] for row in rows.numpy()]))
 
 
 def _unit_range(rows: Tensor) -> Tensor:
