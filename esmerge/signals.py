@@ -139,20 +139,10 @@ def embedding_signals(
     Raises:
         InputError: if an embedding is not finite, with the layer and the tensor that is to blame.
     """
-    count, modalities, device = len(specialists), probe.modalities, backbone.device
+    count, modalities = len(specialists), probe.modalities
     owns = [modalities.index(specialist.name) for specialist in specialists]
-    directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(device)
-    shapes = [batch.attention_mask.shape for batch in probe.batches]
-    backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
-    reads = _read_positions(probe, bool(settings.inputs or merges))
-    pairs = list(zip(probe.batches, reads, strict=True))
-    whole = settings.distances or {*settings.inputs, *(merge.positions for merge in merges)} != {"own"}
-    batches = [_on_device(batch, read, backbone) for batch, read in pairs] if whole or merges else []
-    batches_of = (
-        [batches] * count
-        if whole
-        else [[_on_device(*_until_last(batch, read, own), backbone) for batch, read in pairs] for own in owns]
-    )
+    directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(backbone.device)
+    batches, batches_of = _prepare(backbone, probe, owns, settings, merges)
     base_states = [batch.first for batch in batches] if settings.distances else []
     # Where only merged layers hand on what is read, the specialists' own hidden states are nobody's.
     alone = specialists if settings.distances or settings.inputs else []
@@ -185,9 +175,7 @@ def embedding_signals(
                 with attached(norm, specialist.norm_deltas() if last else {}), reading:
                     _advance(layer, number, batches_of[i], states[i], gradients, targets, far, measured, reading)
                 for positions, found in reading.spooled(scratch).items():
-                    kept = signals.inputs.setdefault(positions, {})
-                    for name, spooled in found.items():
-                        kept.setdefault(f"layers.{number}.{name}", []).append(spooled)
+                    _enter_read(signals.inputs.setdefault(positions, {}), number, found)
                 for name, score in gradients.scores(scratch).items():
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
                 if settings.distances:
@@ -197,9 +185,9 @@ def embedding_signals(
                 bar.update()
             if settings.distances:
                 responses = torch.stack(pooled, dim=1)
-                bad = (~responses.isfinite()).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten().tolist()
-                if bad:
-                    raise InputError(_blame(number, layer, backbone, specialists[bad[0] - 1] if bad[0] else None))
+                if not responses.isfinite().all():
+                    bad = (~responses.isfinite()).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten().tolist()[0]
+                    raise InputError(_blame(number, layer, backbone, specialists[bad - 1] if bad else None))
                 _enter_distances(signals, responses, number, directions, modalities, settings)
             for merge, own_states in zip(merges, merged_states, strict=True):
                 inputs: Inputs = {}
@@ -209,13 +197,27 @@ def embedding_signals(
                         outputs = _read(layer, number, batches_of[i], own_states, reading)
                     if not _is_finite(outputs, batches_of[i], owns[i]):
                         raise InputError(_blame(number, layer, backbone, specialist))
-                    for name, spooled in reading.spooled(scratch)[merge.positions].items():
-                        inputs.setdefault(f"layers.{number}.{name}", []).append(spooled)
+                    _enter_read(inputs, number, reading.spooled(scratch)[merge.positions])
                 signals.inputs.setdefault(merge.key, {}).update(inputs)
                 if not last:
                     _push_merged(layer, number, batches, own_states, merge, inputs, backbone)
                 bar.update()
     return signals
+
+
+def _prepare(
+    backbone: Backbone, probe: Probe, owns: Sequence[int], settings: SignalSettings, merges: Sequence[LayerMerge]
+) -> tuple[list["_Batch"], list[list["_Batch"]]]:
+    """The probe's batches for base and merged layers, if these run, and those for each specialist."""
+    shapes = [batch.attention_mask.shape for batch in probe.batches]
+    backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
+    reads = _read_positions(probe, bool(settings.inputs or merges))
+    pairs = list(zip(probe.batches, reads, strict=True))
+    whole = settings.distances or {*settings.inputs, *(merge.positions for merge in merges)} != {"own"}
+    batches = [_on_device(batch, read, backbone) for batch, read in pairs] if whole or merges else []
+    if whole:
+        return batches, [batches] * len(owns)
+    return batches, [[_on_device(*_until_last(*pair, own), backbone) for pair in pairs] for own in owns]
 
 
 def _on_device(batch: ProbeBatch, reads: Mapping[Positions, Tensor], backbone: Backbone) -> "_Batch":
@@ -361,6 +363,12 @@ def _enter_distances(
         signals.planes[t, :, number] = plane.view(1 + count, size, 2)
         if settings.keep_responses:
             signals.responses[modality, number] = responses[t].cpu()
+
+
+def _enter_read(inputs: Inputs, number: int, found: Mapping[str, Spooled]) -> None:
+    """Enter what the linear layers of a specialist's layer read, by name inside the layer."""
+    for name, spooled in found.items():
+        inputs.setdefault(f"layers.{number}.{name}", []).append(spooled)
 
 
 @dataclass(frozen=True)

@@ -159,19 +159,21 @@ def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, cou
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_path, full):
+@pytest.mark.parametrize("name", ["regmean", "embedding_matching"])
+def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_path, full, name):
     """RegMean++, against plain models whose first layers are replaced by merged ones, layer by layer."""
-    method = {"name": "regmean", "activations": "merged", "shrink": 0.8, "lambda": 1.2}
+    method = {"name": name, "activations": "merged", "shrink": 0.8, "lambda": 1.2}
     content, _ = probed(5, method)
     probe = load_file(llama / content["probe"]["tensors"])
-    positions = probe["attention_mask"].bool() & (torch.arange(LENGTH) < 10)
+    all_of_it = probe["attention_mask"].bool() & (torch.arange(LENGTH) < 10)
+    positions = {own: all_of_it if name == "regmean" else probe[f"mask.{own}"] for own in NAMES}
     models = {}
-    for name in NAMES:
+    for own in NAMES:
         base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
-        models[name] = PeftModel.from_pretrained(base, llama / name).merge_and_unload()
+        models[own] = PeftModel.from_pretrained(base, llama / own).merge_and_unload()
         if full:
-            models[name].save_pretrained(tmp_path / name)
-            content["specialists"][name] = {"model": str(tmp_path / name)}
+            models[own].save_pretrained(tmp_path / own)
+            content["specialists"][own] = {"model": str(tmp_path / own)}
     base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32).model.layers
     folder = merge(content | {"output": {"format": "full", "dtype": "float32"}}, f"merged-{full}")
     merged = load_file(folder / "model.safetensors")
@@ -179,15 +181,15 @@ def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_pa
         modules = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
         assert len(modules) == 7
         read = {module: {} for module in modules}
-        for name, model in models.items():
+        for own, model in models.items():
 
             def note(_, arguments, into):
-                into[0][into[1]] = arguments[0].detach()[positions]
+                into[0][into[1]] = arguments[0].detach()[positions[into[1]]]
 
             handles = [
                 model.model.layers[number]
                 .get_submodule(module)
-                .register_forward_pre_hook(lambda m, arguments, into=(read[module], name): note(m, arguments, into))
+                .register_forward_pre_hook(lambda m, arguments, into=(read[module], own): note(m, arguments, into))
                 for module in modules
             ]
             with torch.no_grad():
@@ -196,9 +198,10 @@ def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_pa
                 handle.remove()
         for module in modules:
             weight = layer.get_submodule(module).weight.detach()
-            weights = {name: model.model.layers[number].get_submodule(module).weight for name, model in models.items()}
-            deltas = [weights[name].detach() - weight for name in NAMES]
-            expected = 1.2 * normal_equations(deltas, [1 / 3] * 3, [read[module][name] for name in NAMES], 0.8, False)
+            weights = {own: model.model.layers[number].get_submodule(module).weight for own, model in models.items()}
+            deltas = [weights[own].detach() - weight for own in NAMES]
+            inputs = [read[module][own] for own in NAMES]
+            expected = 1.2 * normal_equations(deltas, [1 / 3] * 3, inputs, 0.8, trace=name == "embedding_matching")
             found = merged[f"model.layers.{number}.{module}.weight"]
             torch.testing.assert_close((found - weight).double(), expected, rtol=1e-3, atol=1e-4)
             for own in weights.values():
@@ -222,6 +225,18 @@ def test_of_many_positions_some_are_read(llama, merge, probed, monkeypatch):
 def test_a_merged_model_that_overflows_is_one_sentence(llama, merge, probed):
     content, _ = probed(4, {"name": "regmean", "activations": "merged", "lambda": 1e30})
     with pytest.raises(InputError, match=r"merged model overflow at layer 0 in float32; lower method\.lambda"):
+        merge(content)
+
+
+@pytest.mark.parametrize("activations", ["specialist", "merged"])
+def test_a_specialist_with_values_that_are_none_is_named(llama, merge, probed, tmp_path, activations):
+    content, _ = probed(4, {"name": "embedding_matching", "activations": activations})
+    base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+    base.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    base.save_pretrained(tmp_path / "protein")
+    content["specialists"]["protein"] = {"model": str(tmp_path / "protein")}
+    content["output"] = {"format": "full"}
+    with pytest.raises(InputError, match=r"protein/.*tensor model\.layers\.1\.mlp\.up_proj\.weight has NaN"):
         merge(content)
 
 
