@@ -10,52 +10,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
-from torch import Tensor
-
-from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
+from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, resampled
+from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
-from benchmarks.testbed.study.jobs import AS_PUBLISHED, BASE, JOINT, PROBE_SIZES, TUNED
+from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZES
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
-from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
-from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation
+from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation, specialists_of
 from benchmarks.testbed.study.rows import AS_READ, PUBLISHED, ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
-from benchmarks.testbed.study.statistics import (
-    bootstrap_p_value,
-    half_width,
-    holm,
-    rank_correlation,
-    sign_flip_p_value,
-)
+from benchmarks.testbed.study.statistics import half_width, holm, rank_correlation
+from benchmarks.testbed.study.table_rows import REFERENCES, SIGNALS, TITLES, TRAINED
 from benchmarks.testbed.study.tasks import TASKS
 from esmerge.figures import draw_figures
 from esmerge.results import COEFFICIENTS_FILE, read_coefficients
-from lightning_modules.metrics import interval
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURES = Path(__file__).parent / "figures"
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+# Marks in the README.
+CONCLUSION = ("<!-- conclusion: begin -->", "<!-- conclusion: end -->")
+RESULTS = ("<!-- study: begin -->", "<!-- study: end -->")
 NOTHING = "-"
-
-REFERENCES: dict[str, str] = {BASE: "base", **{m: f"{m} specialist" for m in MODALITIES}}
-TRAINED = {TUNED: "average + fine-tuning", JOINT: "jointly trained LoRA"}
-TITLES: dict[str, str] = {
-    **REFERENCES,
-    **{row.name: row.title for row in ROWS},
-    AS_PUBLISHED: "ES as published",
-    **TRAINED,
-}
-SIGNALS = [*(row.name for row in ROWS if row.signals), AS_PUBLISHED]
-# Of rows that are compared: training -> scores [tasks, resamples].
-Resampled = dict[str, dict[int, Tensor]]
-_COUNTED = [task.name for task in TASKS if task.counts]
-MERGES = [*(row.name for row in ROWS), AS_PUBLISHED]
 
 
 def scores_table(found: Found) -> str:
@@ -76,17 +55,11 @@ def scores_table(found: Found) -> str:
             rows.append([title, *[NOTHING] * (len(header) - 2), "0"])
             continue
         tasks = [f"{fmean(own[task.name] for own in seeds.values()):.3f}" for task in TASKS]
-        known = [(own, s) for seed, own in seeds.items() if (s := specialists(found, seed))]
+        known = [(own, s) for seed, own in seeds.items() if (s := specialists_of(found, seed))]
         kept = [[preservation(own, s, above) for own, s in known] for above in (False, True)]
         means = [_with_interval(values) for values in (*kept, _map(cross, seeds), _map(overall, seeds))]
         rows.append([title, *tasks, *means, str(len(seeds))])
     return markdown_table(header, rows)
-
-
-def specialists(found: Found, seed: int) -> dict[str, Scores]:
-    """The scores of a seed's specialists; empty if one is missing."""
-    own = {name: found.scores.get(name, {}).get(seed) for name in MODALITIES}
-    return {name: scores for name, scores in own.items() if scores} if all(own.values()) else {}
 
 
 def _map(function: object, seeds: dict[int, Scores]) -> list[float]:
@@ -102,43 +75,16 @@ def _with_interval(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ± {half_width(values):.3f}"
 
 
-def resampled(places: Places, found: Found) -> Resampled:
-    """The scores of all complete rows over resamples of the test samples."""
-    return {
-        name: {seed: resampled_scores(places.test(seed, name), _COUNTED) for seed in seeds}
-        for name, seeds in found.scores.items()
-        if name in {*MERGES, *TRAINED}
-    }
-
-
 def paired_table(found: Found, drawn: Resampled, reference: str) -> str:
     """The difference of a row from every other merge, over the trainings and tasks that both have."""
-    ours = found.scores.get(reference, {})
-    rows, p_values = [], []
-    for name in [*MERGES, *TRAINED]:
-        theirs = found.scores.get(name, {})
-        common = [seed for seed in ours if seed in theirs]
-        if name == reference or not common:
-            continue
-        by_task = [[ours[seed][task] - theirs[seed][task] for seed in common] for task in _COUNTED]
-        differences = [difference for own in by_task for difference in own]
-        both = (torch.stack([drawn[own][seed] for seed in common]) for own in (reference, name))
-        resamples = resampled_differences(*both)
-        low, high = interval(resamples)
-        better = sum(difference > 0 for difference in differences)
-        p_values.append(bootstrap_p_value(resamples))
-        rows.append(
-            [
-                TITLES[name],
-                f"{fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]",
-                f"{better} of {len(differences)}",
-                f"{sign_flip_p_value([fmean(own) for own in by_task]):.3f}",
-            ]
-        )
-    if not rows:
+    differences = compare_with_all(found, drawn, reference)
+    if not differences:
         return NOTHING
-    pairs = zip(p_values, holm(p_values), strict=True)
-    rows = [[*row[:3], f"{p:.3f}", f"{adjusted:.3f}", row[3]] for row, (p, adjusted) in zip(rows, pairs, strict=True)]
+    adjusted = holm([own.p for own in differences.values()])
+    rows = [
+        [TITLES[name], str(own), f"{own.better} of {own.count}", f"{own.p:.3f}", f"{p:.3f}", f"{own.p_over_tasks:.3f}"]
+        for (name, own), p in zip(differences.items(), adjusted, strict=True)
+    ]
     header = [f"{TITLES[reference]} minus", "mean difference", "better", "p", "p, Holm", "p over tasks"]
     return markdown_table(header, rows)
 
@@ -281,7 +227,8 @@ def page(places: Places, readme: Path, figures: Path) -> None:
             trainings_table(places),
             data_table(places),
         ]
-    write_table("\n\n".join(parts), readme, BEGIN, END)
+    write_table(conclusion(found, resamples), readme, *CONCLUSION)
+    write_table("\n\n".join(parts), readme, *RESULTS)
 
 
 def _without_labels(found: Found) -> list[str]:

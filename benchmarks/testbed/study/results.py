@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import TaskScore, first_scores
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
@@ -80,6 +81,12 @@ def _scores(folder: Path, tasks: Sequence[str]) -> Scores:
 def _read(file: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
+
+
+def specialists_of(found: Found, seed: int) -> dict[str, Scores]:
+    """The scores of a seed's specialists; empty if one is missing."""
+    own = {name: found.scores.get(name, {}).get(seed) for name in MODALITIES}
+    return {name: scores for name, scores in own.items() if scores} if all(own.values()) else {}
 
 
 def preservation(scores: Scores, specialists: dict[str, Scores], above_chance: bool = False) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.testbed.data import MODALITIES
-from benchmarks.testbed.study import embeddings, jobs, page, results, rows, scoring, specialists, tasks
+from benchmarks.testbed.study import embeddings, jobs, page, results, rows, scoring, specialists, table_rows, tasks
 from benchmarks.testbed.study.__main__ import _with_needs, run_all
 from benchmarks.testbed.study.jobs import Job, all_jobs
 from benchmarks.testbed.study.merges import EXACT, recipe_of
@@ -137,10 +137,10 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert left == {"scratch", "seed-42", "tasks", "probes", "validation", "test", "probe sizes", "soft tokens"}
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
+    readme.write_text("\n".join(("before", *page.CONCLUSION, *page.RESULTS, "after", "")))
     page.page(places, readme, tmp_path / "figures")
     lines = readme.read_text().splitlines()
-    found = results.gather(places, list(page.TITLES), [], jobs.PROBE_SIZES)
+    found = results.gather(places, list(table_rows.TITLES), [], jobs.PROBE_SIZES)
     uniform = next(line for line in lines if line.startswith("| uniform average"))
     cells = [cell.strip() for cell in uniform.split("|")[1:-1]]
     assert cells[1] == f"{found.scores['uniform'][seed]['b3db']:.3f}" and cells[-1] == "1"

@@ -1,0 +1,79 @@
+"""Rows against each other, over the tasks and the trainings that both have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
+from benchmarks.testbed.study.results import Found
+from benchmarks.testbed.study.statistics import bootstrap_p_value, sign_flip_p_value
+from benchmarks.testbed.study.table_rows import MERGES, TRAINED
+from benchmarks.testbed.study.tasks import TASKS
+from lightning_modules.metrics import interval
+
+# Of rows that are compared: training -> scores [tasks, resamples].
+Resampled = dict[str, dict[int, Tensor]]
+_COUNTED = [task.name for task in TASKS if task.counts]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher one row scores than another, on average over tasks and trainings.
+
+    Attributes:
+        low, high: 95 % interval over resamples of test samples and trainings.
+        better: in how many pairs of task and training it is higher.
+        count: how many pairs there are.
+        p: from the same resamples.
+        p_over_tasks: of the exact paired permutation test on the means of the tasks.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: int
+    count: int
+    p: float
+    p_over_tasks: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def resampled(places: Places, found: Found) -> Resampled:
+    """The scores of all complete rows over resamples of the test samples."""
+    return {
+        name: {seed: resampled_scores(places.test(seed, name), _COUNTED) for seed in seeds}
+        for name, seeds in found.scores.items()
+        if name in {*MERGES, *TRAINED}
+    }
+
+
+def compare(found: Found, drawn: Resampled, ours: str, theirs: str, seeds: Sequence[int]) -> Difference | None:
+    """One row against another, over those of the trainings that both have; None if there are none."""
+    first, second = (found.scores.get(name, {}) for name in (ours, theirs))
+    common = [seed for seed in seeds if seed in first and seed in second]
+    if not common:
+        return None
+    by_task = [[first[seed][task] - second[seed][task] for seed in common] for task in _COUNTED]
+    differences = [difference for own in by_task for difference in own]
+    resamples = resampled_differences(*(torch.stack([drawn[own][seed] for seed in common]) for own in (ours, theirs)))
+    return Difference(
+        fmean(differences),
+        *interval(resamples),
+        better=sum(difference > 0 for difference in differences),
+        count=len(differences),
+        p=bootstrap_p_value(resamples),
+        p_over_tasks=sign_flip_p_value([fmean(own) for own in by_task]),
+    )
+
+
+def compare_with_all(found: Found, drawn: Resampled, ours: str) -> dict[str, Difference]:
+    """A row against every other merge and what was trained further, over all trainings."""
+    seeds = list(found.scores.get(ours, {}))
+    pairs = {name: compare(found, drawn, ours, name, seeds) for name in (*MERGES, *TRAINED) if name != ours}
+    return {name: own for name, own in pairs.items() if own}

@@ -1,0 +1,65 @@
+"""What the study says in a few lines, from the same results as its tables."""
+
+from statistics import fmean
+
+from benchmarks.testbed.study.comparisons import Difference, Resampled, compare, compare_with_all
+from benchmarks.testbed.study.jobs import AS_PUBLISHED
+from benchmarks.testbed.study.results import Found, overall, preservation, specialists_of
+from benchmarks.testbed.study.rows import AS_READ
+from benchmarks.testbed.study.scoring import CHOOSING_SEED
+from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.statistics import holm
+from benchmarks.testbed.study.table_rows import MERGES, TITLES
+
+MATCHING = ("embedding_matching", AS_READ)
+PLAIN_AVERAGE = "uniform"
+
+
+def conclusion(found: Found, drawn: Resampled) -> str:
+    """As a list: which merge is best, by how much, what it keeps, and where the paper's procedure stands."""
+    means = {name: fmean(map(overall, found.scores[name].values())) for name in MERGES if name in found.scores}
+    if AS_PUBLISHED not in means or not set(MATCHING) <= means.keys():
+        return "There are too few results to say."
+    order = sorted(means, key=means.__getitem__, reverse=True)
+    best = order[0]
+    rival = next(name for name in order if name != best and name not in MATCHING)
+    differences = compare_with_all(found, drawn, best)
+    adjusted = dict(zip(differences, holm([own.p for own in differences.values()]), strict=True))
+    seeds = len(found.scores[best])
+    kept = _kept(found, best)
+    lines = [
+        f"**{TITLES[best]}** is the best merge on the mean of all tasks: {means[best]:.3f}, over {_trainings(seeds)}.",
+        f"The next best that is no embedding matching is {TITLES[rival]}, {means[rival]:.3f}: "
+        f"{_told(differences[rival])}, Holm-adjusted {adjusted[rival]:.3f}.",
+        f"On its own tasks it keeps {100 * kept:.1f} % of what the specialists score; the aim was 95 %. "
+        f"{TITLES[rival]} keeps {100 * _kept(found, rival):.1f} %.",
+        _published(found, drawn, means, order),
+    ]
+    strict = compare(found, drawn, best, rival, [seed for seed in SEEDS if seed != CHOOSING_SEED])
+    if strict:
+        lines.insert(2, f"On the trainings on which no setting was chosen alone: {_told(strict)}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _published(found: Found, drawn: Resampled, means: dict[str, float], order: list[str]) -> str:
+    difference = compare(found, drawn, AS_PUBLISHED, PLAIN_AVERAGE, SEEDS)
+    assert difference is not None
+    place = f"{order.index(AS_PUBLISHED) + 1} of {len(order)} merges"
+    side = "below" if difference.mean < 0 else "above"
+    return (
+        f"{TITLES[AS_PUBLISHED]} comes to {means[AS_PUBLISHED]:.3f}, place {place}, {side} the "
+        f"{TITLES[PLAIN_AVERAGE]} ({_told(difference)})."
+    )
+
+
+def _kept(found: Found, name: str) -> float:
+    known = [(own, s) for seed, own in found.scores[name].items() if (s := specialists_of(found, seed))]
+    return fmean(preservation(own, specialists) for own, specialists in known)
+
+
+def _told(difference: Difference) -> str:
+    return f"{difference}, p = {difference.p:.3f}"
+
+
+def _trainings(count: int) -> str:
+    return "one training" if count == 1 else f"{count} trainings"
