@@ -88,6 +88,11 @@ class Backbone:
     def hidden_size(self) -> int:
         return self.model.get_input_embeddings().embedding_dim
 
+    @property
+    def length_matters(self) -> bool:
+        """Whether what stands at a position depends on how many follow: rotary frequencies that go by the length."""
+        return bool({"dynamic", "longrope"} & set(_rope_types(self.model.config.to_dict())))
+
     def _find(self, name: str) -> str:
         """The checkpoint's name for a parameter of the model."""
         if canonical_name(name) in self._stored:
@@ -224,6 +229,15 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, arguments: LayerArguments
     args, kwargs = arguments
     output = layer(hidden_states, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _rope_types(settings: Any) -> Iterator[str]:
+    """All `rope_type`s in a config, however deep."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key in ("rope_type", "type") and isinstance(value, str):
+                yield value
+            yield from _rope_types(value)
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

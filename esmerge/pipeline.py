@@ -16,8 +16,9 @@ from esmerge.comparison import DeltaComparison, DeltaObserver
 from esmerge.distances import random_directions
 from esmerge.errors import InputError
 from esmerge.merging import Merger, SignalCoefficients
+from esmerge.methods.matching import Positions
 from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
-from esmerge.plan_merger import inputs_key, layer_alpha, layer_merge, make_merger, positions_of
+from esmerge.plan_merger import Reach, inputs_key, layer_alpha, layer_merge, make_merger, positions_of, reach_of
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.records import fingerprint, merge_record, pinned_inputs
 from esmerge.scores import Scratch
@@ -54,7 +55,7 @@ def merge(
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, fingerprint(plan), resume))
         scratch = stack.enter_context(Scratch(folder))
-        signals = _signals(plan, scratch, progress)
+        signals = _signals([plan], scratch, progress).get(reach_of(plan))
         merger = make_merger(plan, signals)
         result = make_output(plan, merger, folder)
         write_all(plan, [result], progress)
@@ -84,7 +85,8 @@ def compare(
 ) -> dict[str, Comparison]:
     """Merge the same specialists in several ways, each into its own folder in the new folder `output`.
 
-    The probe runs once, and each tensor's inputs are read once unless together they exceed 2 GiB.
+    The probe runs once for all variants that need it equally far, and each tensor's inputs are read once unless
+    together they exceed 2 GiB.
 
     Args:
         variants: by the name of its folder, the fields `method` and `coefficients` of a recipe, as far as they differ.
@@ -109,37 +111,43 @@ def compare(
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, "", resume=False))
         scratch = stack.enter_context(Scratch(folder))
-        probed = _shared_probe(list(plans.values()))
-        signals = _signals(probed, scratch, progress, list(plans.values())) if probed else None
+        probed = [plan for plan in plans.values() if plan.recipe.needs_probe]
+        _check_measures(probed)
+        signals = _signals(probed, scratch, progress)
         observers = {name: DeltaObserver() for name in plans}
         outputs = {}
         for name, plan in plans.items():
             (folder / name).mkdir()
-            outputs[name] = make_output(plan, make_merger(plan, signals), folder / name, observers[name])
+            merger = make_merger(plan, signals.get(reach_of(plan)))
+            outputs[name] = make_output(plan, merger, folder / name, observers[name])
         write_all(first, list(outputs.values()), progress)
         _warn_of_twins(first.specialists)
-        inputs = pinned_inputs(probed or first)
+        inputs = pinned_inputs(next(iter(probed), first))
         found = {}
         for name, result in outputs.items():
             probed_too = plans[name].recipe.needs_probe
             kept = inputs if probed_too else {key: value for key, value in inputs.items() if key != "probe"}
-            _finish(plans[name], result, signals, kept)
+            _finish(plans[name], result, signals.get(reach_of(plans[name])), kept)
             energies = result.merger.kept_energy.values()
             found[name] = Comparison(observers[name].result(), sum(energies) / len(energies) if energies else None)
     return found
 
 
-def _shared_probe(plans: Sequence[Plan]) -> Plan | None:
-    """The plan whose signals serve all plans that need some; they must not ask for different ones."""
+def _check_measures(plans: Sequence[Plan]) -> None:
+    """Raise `InputError` if plans ask for signals that are measured differently."""
     probed = [plan for plan in plans if isinstance(plan.recipe.coefficients, SignalsRecipe)]
-    measures = ("projections", "p", "distance", "tokens")
     for plan in probed[1:]:
-        for field in measures:
+        for field in ("projections", "p", "distance", "tokens"):
             if getattr(plan.recipe.coefficients, field) != getattr(probed[0].recipe.coefficients, field):
                 raise InputError(f"variants with different coefficients.{field} need a probe each: compare them apart.")
+
+
+def _serving(plans: Sequence[Plan]) -> Plan:
+    """The plan whose signals serve all of them."""
+    probed = [plan for plan in plans if isinstance(plan.recipe.coefficients, SignalsRecipe)]
     # Scores that one of them does without are still needed by the others.
     scored = [plan for plan in probed if _granularity(plan) != "layer"]
-    return next(iter(scored + probed + [plan for plan in plans if plan.recipe.needs_probe]), None)
+    return (scored + probed + list(plans))[0]
 
 
 def _granularity(plan: Plan) -> str | None:
@@ -159,16 +167,27 @@ def _finish(plan: Plan, output: Output, signals: EmbeddingSignals | None, inputs
     return counts
 
 
-def _signals(plan: Plan, scratch: Scratch, progress: bool, others: Sequence[Plan] = ()) -> EmbeddingSignals | None:
-    """What the probe tells, for a plan and for others with the same inputs; None if none of them needs one."""
-    if not plan.recipe.needs_probe:
-        return None
+def _signals(plans: Sequence[Plan], scratch: Scratch, progress: bool) -> dict[Reach, EmbeddingSignals]:
+    """What the probe tells for plans with the same inputs, by how far it runs for them.
+
+    A plan's result then has the same bits whatever other plans stand beside it.
+    """
+    groups: dict[Reach, list[Plan]] = {}
+    for plan in plans:
+        if plan.recipe.needs_probe:
+            groups.setdefault(reach_of(plan), []).append(plan)
+    if not groups:
+        return {}
     from esmerge.probing import measure_signals
 
-    plans = {inputs_key(own): own for own in (plan, *others)}
-    merges = [layer_merge(own) for own in plans.values() if own.recipe.method.follows_merged]
-    wanted = {positions_of(own) for own in plans.values() if not own.recipe.method.follows_merged} - {None}
-    return measure_signals(plan, scratch, progress, sorted(filter(None, wanted)), merges)
+    found = {}
+    for reach, group in groups.items():
+        unlike = {inputs_key(own): own for own in group}
+        merges = [layer_merge(own) for own in unlike.values() if own.recipe.method.follows_merged]
+        wanted = {positions_of(own) for own in group if not own.recipe.method.follows_merged}
+        inputs: list[Positions] = sorted(filter(None, wanted))
+        found[reach] = measure_signals(_serving(group), scratch, progress, inputs, merges, reach == "end")
+    return found
 
 
 def _write_coefficients(plan: Plan, merger: Merger, signals: EmbeddingSignals | None, folder: Path) -> None:

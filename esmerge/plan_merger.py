@@ -1,7 +1,7 @@
 """From a plan to what merges its tensors: coefficients, a method, and what linear layers read where it needs that."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from esmerge.recipe import SignalsRecipe
 from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge
 
 logger = logging.getLogger(__name__)
+
+# Until a specialist's own modality ends, until the last item ends, or all of it.
+Reach = Literal["own", "items", "end"]
 
 
 def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
@@ -77,6 +80,14 @@ def inputs_key(plan: Plan) -> str:
     if plan.recipe.method.follows_merged:
         return plan.recipe.model_dump_json(include={"method", "coefficients"})
     return positions_of(plan) or ""
+
+
+def reach_of(plan: Plan) -> Reach:
+    """How far into each probe input a plan needs it."""
+    positions = positions_of(plan)
+    if positions == "own_and_after":
+        return "end"
+    return "own" if positions == "own" and not isinstance(plan.recipe.coefficients, SignalsRecipe) else "items"
 
 
 def positions_of(plan: Plan) -> Positions | None:

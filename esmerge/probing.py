@@ -34,12 +34,14 @@ def measure_signals(
     progress: bool,
     inputs: Sequence[Positions] = (),
     merges: Sequence[LayerMerge] = (),
+    keep_end: bool = False,
 ) -> EmbeddingSignals:
     """Measure the embedding signals that a plan's recipe asks for.
 
     Args:
         inputs: at which positions to keep what linear layers read.
         merges: to do on the way.
+        keep_end: keep what follows a probe input's last item.
     """
     recipe = plan.recipe
     assert recipe.probe is not None
@@ -52,7 +54,7 @@ def measure_signals(
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
-        make_probe(plan, backbone, progress, keep_end="own_and_after" in [*inputs, *(own.positions for own in merges)]),
+        make_probe(plan, backbone, progress, keep_end),
         SignalSettings(
             scores=None if settings.granularity == "layer" else recipe.space,
             projections=settings.projections,

@@ -10,7 +10,7 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -31,8 +31,9 @@ from esmerge.scores import Score, Scratch, Spooled, dense_score, pair_score
 Distance = Literal["mse", "frobenius"]
 # By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
 Inputs = dict[str, list[Spooled]]
-# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read. More
-# hardly change what is fitted to them, and time, memory and scratch file grow with them.
+# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read; each
+# of them stands for as many as there are. More hardly change what is fitted to them, and time, memory and scratch file
+# grow with them.
 READ_POSITIONS = 2048
 
 
@@ -142,12 +143,14 @@ def embedding_signals(
     count, modalities = len(specialists), probe.modalities
     owns = [modalities.index(specialist.name) for specialist in specialists]
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(backbone.device)
-    batches, batches_of = _prepare(backbone, probe, owns, settings, merges)
-    base_states = [batch.first for batch in batches] if settings.distances else []
+    (batches, firsts), ways = _prepare(backbone, probe, owns, settings, merges)
+    batches_of = [own for own, _ in ways]
+    base_states = list(firsts) if settings.distances else []
     # Where only merged layers hand on what is read, the specialists' own hidden states are nobody's.
     alone = specialists if settings.distances or settings.inputs else []
-    states = [[batch.first for batch in read] for read in batches_of]
-    merged_states = [[batch.first for batch in batches] for _ in merges]
+    states = [list(own_firsts) for _, own_firsts in ways]
+    merged_states = [list(firsts) for _ in merges]
+    del firsts, ways  # hidden states that only the first layer takes
     signals = EmbeddingSignals(
         torch.full((count, len(modalities), backbone.num_layers), torch.nan, dtype=torch.float64),
         torch.full((len(modalities), 1 + count, backbone.num_layers, probe.size, 2), torch.nan),
@@ -170,7 +173,7 @@ def embedding_signals(
             for i, specialist in enumerate(alone):
                 own = owns[i]
                 measured = [own] if settings.tokens == "primary" else list(range(len(modalities)))
-                gradients = _make_gradients(settings.scores, deltas[i], touched, layer)
+                gradients = _make_gradients(settings.scores if settings.distances else None, deltas[i], touched, layer)
                 reading = _Reading(layer, touched, own, settings.inputs)
                 with attached(norm, specialist.norm_deltas() if last else {}), reading:
                     _advance(layer, number, batches_of[i], states[i], gradients, targets, far, measured, reading)
@@ -180,7 +183,7 @@ def embedding_signals(
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
                 if settings.distances:
                     pooled.append(_pool(states[i], batches))
-                elif not _is_finite(states[i], batches_of[i], own):
+                if not _is_finite(states[i], batches_of[i], own, settings.inputs):
                     raise InputError(_blame(number, layer, backbone, specialist))
                 bar.update()
             if settings.distances:
@@ -195,7 +198,7 @@ def embedding_signals(
                     reading = _Reading(layer, touched, owns[i], [merge.positions])
                     with attached(layer, deltas[i]), reading, torch.no_grad():
                         outputs = _read(layer, number, batches_of[i], own_states, reading)
-                    if not _is_finite(outputs, batches_of[i], owns[i]):
+                    if not _is_finite(outputs, batches_of[i], owns[i], [merge.positions]):
                         raise InputError(_blame(number, layer, backbone, specialist))
                     _enter_read(inputs, number, reading.spooled(scratch)[merge.positions])
                 signals.inputs.setdefault(merge.key, {}).update(inputs)
@@ -207,39 +210,48 @@ def embedding_signals(
 
 def _prepare(
     backbone: Backbone, probe: Probe, owns: Sequence[int], settings: SignalSettings, merges: Sequence[LayerMerge]
-) -> tuple[list["_Batch"], list[list["_Batch"]]]:
-    """The probe's batches for base and merged layers, if these run, and those for each specialist."""
+) -> tuple["_Way", list["_Way"]]:
+    """The probe's way for base and merged layers, if these run, and that for each specialist."""
     shapes = [batch.attention_mask.shape for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
     reads = _read_positions(probe, bool(settings.inputs or merges))
     pairs = list(zip(probe.batches, reads, strict=True))
-    whole = settings.distances or {*settings.inputs, *(merge.positions for merge in merges)} != {"own"}
-    batches = [_on_device(batch, read, backbone) for batch, read in pairs] if whole or merges else []
+    read = {*settings.inputs, *(merge.positions for merge in merges)}
+    whole = settings.distances or read != {"own"} or backbone.length_matters
+    way = _on_device(pairs, backbone) if whole or merges else ([], [])
     if whole:
-        return batches, [batches] * len(owns)
-    return batches, [[_on_device(*_until_last(*pair, own), backbone) for pair in pairs] for own in owns]
+        return way, [way] * len(owns)
+    return way, [_on_device([_until_last(*pair, own) for pair in pairs], backbone) for own in owns]
 
 
-def _on_device(batch: ProbeBatch, reads: Mapping[Positions, Tensor], backbone: Backbone) -> "_Batch":
-    return _Batch(
-        *backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask),
-        batch.masks.to(backbone.device),
-        {positions: mask.to(backbone.device) for positions, mask in reads.items()},
-    )
+def _on_device(pairs: Sequence[tuple[ProbeBatch, Mapping[Positions, "_Read"]]], backbone: Backbone) -> "_Way":
+    way: _Way = ([], [])
+    for batch, reads in pairs:
+        first, arguments = backbone.layer_arguments(batch.inputs_embeds, batch.attention_mask)
+        masks = {positions: replace(read, mask=read.mask.to(backbone.device)) for positions, read in reads.items()}
+        way[0].append(_Batch(arguments, batch.masks.to(backbone.device), masks))
+        way[1].append(first)
+    return way
 
 
 def _until_last(
-    batch: ProbeBatch, reads: Mapping[Positions, Tensor], own: int
-) -> tuple[ProbeBatch, dict[Positions, Tensor]]:
+    batch: ProbeBatch, reads: Mapping[Positions, "_Read"], own: int
+) -> tuple[ProbeBatch, dict[Positions, "_Read"]]:
     """A batch up to the last position of a modality, which no later one can reach in a causal model."""
     stop = int(batch.masks[own].any(dim=0).nonzero().max()) + 1
     cut = ProbeBatch(batch.inputs_embeds[:, :stop], batch.attention_mask[:, :stop], batch.masks[..., :stop])
-    return cut, {positions: mask[..., :stop] for positions, mask in reads.items()}
+    return cut, {positions: replace(read, mask=read.mask[..., :stop]) for positions, read in reads.items()}
 
 
-def _is_finite(states: Sequence[Tensor], batches: Sequence["_Batch"], own: int) -> bool:
-    """Whether all hidden states are at the positions of a modality."""
-    return all(bool(state[batch.masks[own]].isfinite().all()) for state, batch in zip(states, batches, strict=True))
+def _is_finite(states: Sequence[Tensor], batches: Sequence["_Batch"], own: int, positions: Sequence[Positions]) -> bool:
+    """Whether all hidden states are, at the positions of a modality and wherever something is read."""
+    for state, batch in zip(states, batches, strict=True):
+        mask = batch.masks[own]
+        for where in positions:
+            mask = mask | batch.reads[where].mask[own]
+        if not state[mask].isfinite().all():
+            return False
+    return True
 
 
 def _push(layer: nn.Module, number: int, batches: Sequence["_Batch"], states: list[Tensor]) -> None:
@@ -271,44 +283,61 @@ def _push_merged(
         )
 
 
-def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, Tensor]]:
-    """By batch, the positions at which to take down what linear layers read, [M, B, T]."""
+@dataclass(frozen=True)
+class _Read:
+    """Where what linear layers read is taken down.
+
+    Attributes:
+        mask: bool [M, B, T], for the specialist of each modality.
+        stands_for: by modality, for how many positions each of those stands.
+    """
+
+    mask: Tensor
+    stands_for: tuple[float, ...]
+
+    def of(self, rows: Tensor, own: int) -> Tensor:
+        """Rows [n, in] that were read, of a size that makes their products those of all that they stand for."""
+        weight = self.stands_for[own]
+        return rows if weight == 1 else rows.float() * weight**0.5
+
+
+def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, _Read]]:
+    """By batch, the positions at which to take down what linear layers read."""
     if not wanted:
         return [{} for _ in probe.batches]
+    attended = [batch.attention_mask.bool() for batch in probe.batches]
     # Of each input, whatever stands in the same batch.
     items = [batch.masks.any(dim=0) for batch in probe.batches]
     before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
-    attended = [batch.attention_mask.bool() for batch in probe.batches]
-    alls = _thinned([mask & part for mask, part in zip(attended, before_end, strict=True)])
+    all_of_it = [mask & part for mask, part in zip(attended, before_end, strict=True)]
     after = [mask & ~part for mask, part in zip(attended, before_end, strict=True)]
+    found: list[dict[Positions, _Read]] = [{} for _ in probe.batches]
     modalities = range(len(probe.modalities))
-    owns = [_thinned([batch.masks[index] for batch in probe.batches]) for index in modalities]
-    longer = [
-        _thinned([batch.masks[index] | part for batch, part in zip(probe.batches, after, strict=True)])
-        for index in modalities
-    ]
-    found: list[dict[Positions, Tensor]] = []
-    for number, of_all in enumerate(alls):
-        found.append(
-            {
-                "own": torch.stack([masks[number] for masks in owns]),
-                "own_and_after": torch.stack([masks[number] for masks in longer]),
-                "all": of_all.expand(len(modalities), -1, -1),
-            }
-        )
+    owns = [[batch.masks[index] for batch in probe.batches] for index in modalities]
+    longer = [[mask | part for mask, part in zip(own, after, strict=True)] for own in owns]
+    places: dict[Positions, list[list[Tensor]]] = {
+        "own": owns,
+        "own_and_after": longer,
+        "all": [all_of_it for _ in modalities],
+    }
+    for positions, masks_of in places.items():
+        thinned = [_thinned(masks) for masks in masks_of]
+        weights = tuple(weight for _, weight in thinned)
+        for number, own in enumerate(found):
+            own[positions] = _Read(torch.stack([masks[number] for masks, _ in thinned]), weights)
     return found
 
 
-def _thinned(masks: Sequence[Tensor]) -> list[Tensor]:
-    """At most `READ_POSITIONS` of the positions in masks [B, T], evenly spread over all of them."""
+def _thinned(masks: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """At most `READ_POSITIONS` of the positions in masks [B, T], evenly spread, and for how many each stands."""
     flat = torch.cat([mask.flatten() for mask in masks])
     total = int(flat.sum())
     if total <= READ_POSITIONS:
-        return list(masks)
+        return list(masks), 1.0
     rank = flat.cumsum(0)
     flat = flat & (rank * READ_POSITIONS // total != (rank - 1) * READ_POSITIONS // total)
     parts = flat.split([mask.numel() for mask in masks])
-    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
+    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)], total / READ_POSITIONS
 
 
 def _read(
@@ -318,7 +347,7 @@ def _read(
     outputs = []
     for state, batch in zip(states, batches, strict=True):
         reading.batch = batch
-        outputs.append(run_layer(layer, state[:, : batch.first.shape[1]], batch.arguments[number]))
+        outputs.append(run_layer(layer, state[:, : batch.masks.shape[-1]], batch.arguments[number]))
     return outputs
 
 
@@ -375,13 +404,16 @@ def _enter_read(inputs: Inputs, number: int, found: Mapping[str, Spooled]) -> No
 class _Batch:
     """A probe batch on its way through the layers.
 
-    First hidden states, layers' arguments, masks of the modalities [M, B, T], and where to take down what layers read.
+    Layers' arguments, masks of the modalities [M, B, T], and where to take down what layers read.
     """
 
-    first: Tensor
     arguments: list[LayerArguments]
     masks: Tensor
-    reads: dict[Positions, Tensor]
+    reads: dict[Positions, "_Read"]
+
+
+# All batches, and the hidden states [B, T, H] that the first layer takes.
+_Way = tuple[list[_Batch], list[Tensor]]
 
 
 def _pool(states: Sequence[Tensor], batches: Sequence[_Batch]) -> Tensor:
@@ -445,7 +477,7 @@ class _Reading:
     def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
-            masks = {where: mask[self._own] for where, mask in self.batch.reads.items()}
+            masks = {where: read.mask[self._own] for where, read in self.batch.reads.items()}
             count = masks["all"].numel()
             rows = x.flatten(0, -2)  # some layers read the positions of all inputs in one go
             if len(rows) != count:
@@ -467,7 +499,7 @@ class _Reading:
                     continue  # never called: its weight is used in another way
                 key = tuple(map(id, own))
                 if key not in known:
-                    known[key] = scratch.put(torch.cat(own))
+                    known[key] = scratch.put(self.batch.reads[where].of(torch.cat(own), self._own))
                 found.setdefault(where, {})[name] = known[key]
         return found
 

@@ -169,8 +169,8 @@ def embedding_matching(
 
     The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
     specialist i for the probe, at the positions of i's own modality (where there are more than 2,048, at so many of
-    them, evenly spread). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with modality masks, and with terms
-    of equal size unless they are wanted as they are.
+    them, evenly spread, which stand for the others). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with
+    modality masks, and with terms of equal size unless they are wanted as they are.
 
     Args:
         weights: one number per specialist.
@@ -197,7 +197,7 @@ def regmean(
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the whole probe.
+    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe up to its last item.
 
     All specialists get the same probe: what the first layer reads is the same for all of them, and its weights are
     averaged. `embedding_matching` with terms `as_read` gives each specialist data of its own, as the paper has it.

@@ -72,7 +72,9 @@ def _in_order(rows: Tensor, places: list[int]) -> Tensor:
     if rows.device.type != "cpu":
         return rows.sort(dim=1).values[:, places]
     # Without sorting the rest, which takes seven times as long.
-    return torch.from_numpy(np.stack([np.partition(row, places)[places] for row in rows.numpy()]))
+    known = rows.detach() if rows.dtype == torch.float64 else rows.detach().float()  # numpy has no bfloat16
+    found = np.stack([np.partition(row, places)[places] for row in known.numpy()])
+    return torch.from_numpy(found).to(rows.dtype)
 
 
 def _unit_range(rows: Tensor) -> Tensor:

@@ -84,6 +84,21 @@ def test_each_folder_is_a_plain_merge(esmerge, recipe_file, tmp_path, wide, chan
         assert records[0]["recipe"]["method"] == records[1]["recipe"]["method"]
 
 
+def test_methods_that_match_are_plain_merges_too(recipe, merge, llama, tmp_path):
+    """However far the probe runs for the others."""
+    methods = ["linear", "embedding_matching", {"name": "embedding_matching", "activations": "merged"}, "regmean"]
+    methods += [{"name": "embedding_matching", "tokens": "own_and_after"}, {"name": "regmean", "activations": "merged"}]
+    signals = {"from": "embedding_signals", "projections": 32}
+    pairs = [(method, "uniform") for method in methods]
+    pairs += [("linear", signals), ("embedding_matching", signals | {"granularity": "layer"})]
+    variants = {f"v{n}": {"method": method, "coefficients": source} for n, (method, source) in enumerate(pairs)}
+    compare(parse_recipe(recipe, llama), variants, tmp_path / "compared", progress=False)
+    for name, variant in variants.items():
+        alone = merge(recipe | variant, name)
+        for file in ("adapter_model.safetensors", "coefficients.safetensors"):
+            assert (tmp_path / "compared" / name / file).read_bytes() == (alone / file).read_bytes(), (variant, file)
+
+
 def dense_deltas(adapter):
     """The adapter's deltas by module, from its factors alone; all of them have scaling 2."""
     tensors = load_file(adapter / "adapter_model.safetensors")

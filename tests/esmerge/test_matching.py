@@ -9,8 +9,9 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from esmerge.backbone import Backbone
 from esmerge.errors import InputError
 from esmerge.methods import embedding_matching, regmean
 
@@ -220,6 +221,58 @@ def test_of_many_positions_some_are_read(llama, merge, probed, monkeypatch):
     b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")
     expected = expected_of(llama, few, trace=True)[module]
     torch.testing.assert_close((b @ a).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_terms_as_read_are_those_of_all_positions(llama, merge, probed, monkeypatch):
+    """Of a modality of many positions some are read, and count for all of them."""
+    content, read = probed(9, {"name": "embedding_matching", "terms": "as_read"})
+    tensors = load_file(llama / content["probe"]["tensors"])
+    tensors["mask.molecule"][:, 3] = False
+    save_file(tensors, llama / content["probe"]["tensors"])
+    monkeypatch.setattr("esmerge.signals.READ_POSITIONS", 9)
+    merged = load_file(merge(content) / "adapter_model.safetensors")
+    module = "model.layers.2.mlp.up_proj"
+    b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")
+    # One of two positions of protein and cell, the last one; the only one of molecule.
+    inputs = [read["molecule"][module][::2], read["protein"][module][1::2], read["cell"][module][1::2]]
+    adapters = {name: load_file(llama / name / "adapter_model.safetensors") for name in NAMES}
+    factors = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "BA"]
+    deltas = [2 * adapters[name][factors[0]] @ adapters[name][factors[1]] for name in NAMES]
+    expected = normal_equations(deltas, [1, 2, 2], inputs, 0.9, trace=False)
+    torch.testing.assert_close((b @ a).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["regmean", {"name": "regmean", "activations": "merged"}, {"name": "embedding_matching", "tokens": "all"}],
+    ids=["regmean", "merged", "all"],
+)
+def test_a_specialist_that_overflows_is_named_wherever_it_is_read(llama, merge, probed, tmp_path, method):
+    content, _ = probed(4, method)
+    tensors = load_file(llama / content["probe"]["tensors"])
+    # At a position of no modality, after molecule's.
+    direction = torch.zeros(32)
+    direction[0] = 1
+    tensors["inputs_embeds"][:, 4] = 100 * direction
+    save_file(tensors, llama / content["probe"]["tensors"])
+    base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+    base.model.layers[0].mlp.gate_proj.weight.data[:, 0] += 300
+    base.model.layers[0].mlp.up_proj.weight.data[:, 0] += 300
+    base.save_pretrained(tmp_path / "molecule")
+    content["specialists"]["molecule"] = {"model": str(tmp_path / "molecule")}
+    content["probe"]["dtype"] = "float16"
+    content["output"] = {"format": "full"}
+    with pytest.raises(InputError, match="embeddings of specialist molecule overflow at layer 0 in float16"):
+        merge(content)
+
+
+@pytest.mark.parametrize(("kind", "matters"), [("default", False), ("linear", False), ("dynamic", True)])
+def test_bases_whose_positions_go_by_the_length_are_known(make_base, tmp_path, kind, matters):
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | ({} if kind == "default" else {"factor": 2.0})
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope)
+    make_base(config, tmp_path / "base")
+    assert Backbone(tmp_path / "base", torch.float32, "cpu").length_matters is matters
 
 
 def test_a_merged_model_that_overflows_is_one_sentence(llama, merge, probed):

@@ -430,6 +430,12 @@ def test_spectral_methods_of_zero_deltas_are_zero():
         assert torch.equal(method(zeros, torch.ones(2, 1, 1)), torch.zeros(80, 70))
 
 
+def test_pcb_takes_bfloat16():
+    deltas = [delta.bfloat16() for delta in torch.randn(3, 40, 30, generator=torch.Generator().manual_seed(0))]
+    merged = methods.pcb(deltas, torch.ones(3, 1, 1), density=0.3)
+    assert merged.isfinite().all() and merged.any()
+
+
 def plain_pcb(deltas, density):
     """Parameter competition balancing, line by line as its authors' code has it."""
 

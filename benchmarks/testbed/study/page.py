@@ -107,7 +107,7 @@ def choices_table(found: Found, of: Sequence[Row]) -> str:
 
 
 def _readable(variant: str) -> str:
-    return re.sub(r"([a-z])_([\d.]+)", r"\1 \2", variant).replace("-", ", ")
+    return re.sub(r"-(?=[a-z])", ", ", re.sub(r"([a-z])_([\d.]+)", r"\1 \2", variant))
 
 
 def unlabelled_table(found: Found) -> str:
