@@ -45,7 +45,7 @@ MERGES = [
     DemoMerge(
         "matching",
         "embedding matching",
-        {"name": "embedding_matching", "terms": "as_read", "lambda": 1.25},
+        {"name": "embedding_matching", "terms": "as_read"},
         "uniform",
     ),
 ]

@@ -42,7 +42,7 @@ BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 _CONTROLLED = ("uniform", "es_both_factors", "embedding_matching", AS_READ)
 
 PROBE_SIZES = (8, 32, 100, 330)
-MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, AS_READ: "shrink_0.9-lambda_1.25"}
+MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, AS_READ: "shrink_0.9-lambda_1.0"}
 
 
 @dataclass(frozen=True)
