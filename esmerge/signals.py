@@ -9,7 +9,7 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 (specialist i's own modality has its name), L layers, K probe inputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -214,9 +214,8 @@ def _prepare(
     """The probe's way for base and merged layers, if these run, and that for each specialist."""
     shapes = [batch.attention_mask.shape for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
-    reads = _read_positions(probe, bool(settings.inputs or merges))
-    pairs = list(zip(probe.batches, reads, strict=True))
     read = {*settings.inputs, *(merge.positions for merge in merges)}
+    pairs = list(zip(probe.batches, _read_positions(probe, read), strict=True))
     whole = settings.distances or read != {"own"} or backbone.length_matters
     way = _on_device(pairs, backbone) if whole or merges else ([], [])
     if whole:
@@ -301,10 +300,8 @@ class _Read:
         return rows if weight == 1 else rows.float() * weight**0.5
 
 
-def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, _Read]]:
+def _read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Positions, _Read]]:
     """By batch, the positions at which to take down what linear layers read."""
-    if not wanted:
-        return [{} for _ in probe.batches]
     attended = [batch.attention_mask.bool() for batch in probe.batches]
     # Of each input, whatever stands in the same batch.
     items = [batch.masks.any(dim=0) for batch in probe.batches]
@@ -320,8 +317,8 @@ def _read_positions(probe: Probe, wanted: bool) -> list[dict[Positions, _Read]]:
         "own_and_after": longer,
         "all": [all_of_it for _ in modalities],
     }
-    for positions, masks_of in places.items():
-        thinned = [_thinned(masks) for masks in masks_of]
+    for positions in wanted:
+        thinned = [_thinned(masks) for masks in places[positions]]
         weights = tuple(weight for _, weight in thinned)
         for number, own in enumerate(found):
             own[positions] = _Read(torch.stack([masks[number] for masks, _ in thinned]), weights)
@@ -477,15 +474,15 @@ class _Reading:
     def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
-            masks = {where: read.mask[self._own] for where, read in self.batch.reads.items()}
-            count = masks["all"].numel()
+            masks = {where: self.batch.reads[where].mask[self._own] for where in self._positions}
+            count = self.batch.masks[0].numel()
             rows = x.flatten(0, -2)  # some layers read the positions of all inputs in one go
             if len(rows) != count:
                 raise InputError(
                     f"{name} reads {len(rows)} of {count} positions, as experts do: methods that match "
                     "inputs cannot merge it; use another method."
                 )
-            self._latest = x, {where: rows[masks[where].flatten()] for where in self._positions}
+            self._latest = x, {where: rows[mask.flatten()] for where, mask in masks.items()}
         for where, part in self._latest[1].items():
             self._parts[where][name].append(part)
 

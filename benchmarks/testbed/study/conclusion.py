@@ -48,7 +48,7 @@ def _published(found: Found, drawn: Resampled, means: dict[str, float], order: l
     side = "below" if difference.mean < 0 else "above"
     return (
         f"{TITLES[AS_PUBLISHED]} comes to {means[AS_PUBLISHED]:.3f}, place {place}, {side} the "
-        f"{TITLES[PLAIN_AVERAGE]} ({_told(difference)})."
+        f"{TITLES[PLAIN_AVERAGE]} ({_told(difference)}), over {_trainings(len(found.scores[AS_PUBLISHED]))}."
     )
 
 
