@@ -14,7 +14,7 @@ from esmerge.modalities.modality import MissingPackageError, check_name, with_en
 from esmerge.modalities.registry import check_shapes, empty_encoder
 from esmerge.names import natural_order
 from esmerge.probe import check_items, check_modalities, check_template, numbered_items
-from esmerge.recipe import FixedRecipe, Recipe
+from esmerge.recipe import FixedRecipe, ProbeRecipe, Recipe
 from esmerge.remote_code import needs_remote_code
 from esmerge.sources import Source
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, SpecialistEncoder
@@ -229,11 +229,25 @@ def check_probe(plan: "Plan") -> None:
         )
     assert probe.data is not None and probe.template is not None
     check_modalities(list(probe.data), names, "probe.data")
-    check_template(probe.template, names)
+    if isinstance(probe.template, str):
+        check_template(probe.template, names)
+    else:
+        _check_own_templates(probe, names)
     for name, reference in probe.data.items():
         if not plan.path(reference).is_file():
             raise InputError(f"probe.data.{name}: the file {plan.path(reference)} does not exist.")
     _check_items(plan)
+
+
+def _check_own_templates(probe: ProbeRecipe, names: Sequence[str]) -> None:
+    assert isinstance(probe.template, dict)
+    check_modalities(list(probe.template), names, "probe.template")
+    for name in names:
+        templates = probe.templates(name)
+        if not templates:
+            raise InputError(f"probe.template.{name} is empty; give at least one template with {{{name}}} in it.")
+        for template in templates:
+            check_template(template, [name], f"probe.template.{name}")
 
 
 def _check_items(plan: "Plan") -> None:
@@ -244,8 +258,9 @@ def _check_items(plan: "Plan") -> None:
         s.name: s.encoder.modality if s.encoder else TextModality(placeholder=f"{{{s.name}}}") for s in plan.specialists
     }
     tokens = {modality.placeholder: name for name, modality in with_encoder(modalities).items()}
+    templates = [template for name in modalities for template in probe.templates(name)]
     for token, name in tokens.items():
-        if token in probe.template:
+        if any(token in template for template in templates):
             raise InputError(f"probe.template has {token} in it, which stands for items of {name}: write {{{name}}}.")
 
     def check(modality: Modality, item: str) -> None:

@@ -3,7 +3,7 @@
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,23 +213,25 @@ def fill_template(template: str, items: Mapping[str, str]) -> tuple[str, dict[st
     return text, spans
 
 
-def check_template(template: str, modalities: Sequence[str]) -> None:
-    """Raise `InputError` unless the template has each modality's placeholder, once."""
+def check_template(template: str, modalities: Sequence[str], source: str = "probe.template") -> None:
+    """Raise `InputError` unless the template has each modality's placeholder, once, and no other."""
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise InputError(f"probe.template is no valid template ({error}); write literal braces twice.") from error
+        raise InputError(f"{source} is no valid template ({error}); write literal braces twice.") from error
     for field in fields:
         if field not in modalities:
-            raise InputError(f"probe.template has the placeholder {{{field}}}, but no specialist has that name.")
+            raise InputError(
+                f"{source} has the placeholder {{{field}}}, expected {', '.join(f'{{{name}}}' for name in modalities)}."
+            )
     for name in modalities:
         if fields.count(name) != 1:
-            raise InputError(f"probe.template must have the placeholder {{{name}}} once, it has {fields.count(name)}.")
+            raise InputError(f"{source} must have the placeholder {{{name}}} once, it has {fields.count(name)}.")
 
 
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
-    template: str,
+    templates: Sequence[str],
     items: Sequence[Mapping[str, str]],
     chat_template: str | None = None,
     keep_end: bool = False,
@@ -238,8 +240,8 @@ def tokenize(
 
     It is cut after the last modality position, whose embeddings do not depend on what follows, unless `keep_end`.
 
-    The prompt is one user turn of the chat template. A token belongs to a modality if its characters, as the
-    tokenizer's offsets give them, overlap the item's: no pattern is ever searched for in token ids.
+    The prompt is one user turn of the chat template; templates for it take turns. A token belongs to a modality if its
+    characters, as the tokenizer's offsets give them, overlap the item's: no pattern is ever searched for in token ids.
 
     Raises:
         InputError: if there is no chat template, or it changes the prompt.
@@ -253,7 +255,7 @@ def tokenize(
         )
     prompts = []
     before = _rendered(tokenizer, _MARK, chat_template).partition(_MARK)[0]
-    for row in items:
+    for row, template in zip(items, cycle(templates), strict=False):
         content, spans = fill_template(template, row)
         text = _rendered(tokenizer, content, chat_template)
         offset = len(before)
@@ -301,7 +303,7 @@ def left_padded(rows: Sequence[Tensor]) -> Tensor:
 
 def text_probe(
     tokenizer: "PreTrainedTokenizerBase",
-    template: str,
+    templates: Sequence[str],
     data: Mapping[str, Sequence[str]],
     embed: Callable[[Tensor], Tensor],
     batch_size: int = 2,
@@ -312,7 +314,7 @@ def text_probe(
     """A probe from items through the tokenizer's chat template.
 
     Args:
-        template: with one `{modality}` placeholder each.
+        templates: with one `{modality}` placeholder each; they take turns.
         data: the items of each modality, equally many.
         embed: token ids [K, T] -> input embeddings [K, T, H].
         batch_size: probe inputs per batch (2 in the paper's code); gradient scores depend on it.
@@ -323,7 +325,7 @@ def text_probe(
     """
     soft_tokens = soft_tokens or {}
     rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
-    prompts = tokenize(tokenizer, template, rows, chat_template, keep_end)
+    prompts = tokenize(tokenizer, templates, rows, chat_template, keep_end)
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]

@@ -54,7 +54,7 @@ def measure_signals(
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],
-        make_probe(plan, backbone, progress, keep_end),
+        make_probes(plan, backbone, progress, keep_end),
         SignalSettings(
             scores=None if settings.granularity == "layer" else recipe.space,
             projections=settings.projections,
@@ -93,8 +93,8 @@ def _probed(plan: Plan, index: int, backbone: Backbone) -> ProbedSpecialist:
     return ProbedSpecialist(specialist.name, layer_deltas, norm_deltas)
 
 
-def make_probe(plan: Plan, backbone: Backbone, progress: bool = False, keep_end: bool = False) -> Probe:
-    """The recipe's probe, from ready tensors or from items.
+def make_probes(plan: Plan, backbone: Backbone, progress: bool = False, keep_end: bool = False) -> list[Probe]:
+    """The recipe's probe, from ready tensors or from items: one for all specialists, or one for each.
 
     Args:
         keep_end: keep what follows the last item.
@@ -102,7 +102,7 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False, keep_end:
     recipe, names = plan.recipe.probe, list(plan.recipe.specialists)
     assert recipe is not None
     if recipe.tensors is not None:
-        return read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size, keep_end)
+        return [read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size, keep_end)]
     from transformers import AutoTokenizer
 
     assert recipe.data is not None and recipe.samples is not None and recipe.template is not None
@@ -129,16 +129,19 @@ def make_probe(plan: Plan, backbone: Backbone, progress: bool = False, keep_end:
         else:
             soft_tokens[name] = _soft_tokens(modality, encoders[name], items[name], backbone, progress)
             items[name] = [modality.placeholder * len(tokens) for tokens in soft_tokens[name]]
-    return text_probe(
-        tokenizer,
-        recipe.template,
-        items,
-        backbone.embed,
-        recipe.batch_size,
-        chat_template,
-        soft_tokens,
-        keep_end,
-    )
+    return [
+        text_probe(
+            tokenizer,
+            recipe.templates(group[0]),
+            {name: items[name] for name in group},
+            backbone.embed,
+            recipe.batch_size,
+            chat_template,
+            {name: soft_tokens[name] for name in group if name in soft_tokens},
+            keep_end,
+        )
+        for group in ([names] if recipe.is_shared else [[name] for name in names])
+    ]
 
 
 def _soft_tokens(

@@ -58,7 +58,9 @@ class ProbeRecipe(_Strict):
 
     Attributes:
         samples: number of probe inputs.
-        template: one user turn, with a `{modality}` placeholder each.
+        template: one user turn, with a `{modality}` placeholder each. For methods that match what the specialists read
+            also one for each specialist, or several that take turns, with its own placeholder alone: each then reads
+            prompts like those that it was trained on.
         data: per modality a text file with one item per line, relative to the recipe.
         chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's own.
         tensors: a safetensors file with `inputs_embeds` [K, T, H], `attention_mask` [K, T] and
@@ -68,12 +70,21 @@ class ProbeRecipe(_Strict):
     """
 
     samples: Count | None = None
-    template: str | None = None
+    template: str | dict[str, str | list[str]] | None = None
     data: dict[str, str] | None = None
     chat_template: str | None = None
     tensors: str | None = None
     batch_size: Count = 2
     dtype: Dtype | None = None
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def _template(cls, value: Any) -> Any:
+        for own in value.values() if isinstance(value, dict) else [value]:
+            texts = own if isinstance(own, list) and isinstance(value, dict) else [own]
+            if value is not None and not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{own!r} is no template; give one text, or for each specialist one text or several")
+        return value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -87,6 +98,16 @@ class ProbeRecipe(_Strict):
             if missing:
                 raise ValueError(f"{missing[0]} is missing; give samples, template and data, or tensors")
         return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all specialists read the same probe inputs."""
+        return not isinstance(self.template, dict)
+
+    def templates(self, specialist: str) -> list[str]:
+        """Those of a specialist's probe inputs, which take turns."""
+        own = self.template[specialist] if isinstance(self.template, dict) else self.template
+        return [own] if isinstance(own, str) else list(own or ())
 
 
 class SignalsRecipe(_Strict):
@@ -305,6 +326,11 @@ class Recipe(_Strict):
         elif isinstance(self.coefficients.from_, dict):
             _check_keys("coefficients", self.coefficients.from_, names)
             _check_weights(self.coefficients.from_)
+        if isinstance(self.coefficients, SignalsRecipe) and self.probe is not None and not self.probe.is_shared:
+            raise ValueError(
+                "probe.template: coefficients from embedding signals compare what all make of the same prompt; "
+                "give one template with all placeholders"
+            )
         if self.method.matches:
             if self.probe is None:
                 raise ValueError(f"probe is missing; method {self.method.name} needs what the specialists read in one")

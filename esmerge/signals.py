@@ -125,7 +125,7 @@ class EmbeddingSignals:
 def embedding_signals(
     backbone: Backbone,
     specialists: Sequence[ProbedSpecialist],
-    probe: Probe,
+    probes: Sequence[Probe],
     settings: SignalSettings,
     scratch: Scratch,
     progress: bool = True,
@@ -134,26 +134,32 @@ def embedding_signals(
     """Measure the embedding signals of all specialists in one pass over the decoder's layers.
 
     Args:
+        probes: one for all specialists; or one for each, of its own modality alone, if no distances are wanted.
         scratch: takes the scores of weights, which together are as large as the model.
         merges: to do on the way.
 
     Raises:
         InputError: if an embedding is not finite, with the layer and the tensor that is to blame.
     """
-    count, modalities = len(specialists), probe.modalities
-    owns = [modalities.index(specialist.name) for specialist in specialists]
+    count, modalities = len(specialists), probes[0].modalities
+    if settings.distances and len(probes) > 1:
+        raise ValueError("distances from the base are measured with one probe for all specialists")
+    # Of each specialist: its probe, and its modality's place there.
+    shared = [0 if len(probes) == 1 else i for i in range(count)]
+    owns = [probes[number].modalities.index(s.name) for number, s in zip(shared, specialists, strict=True)]
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(backbone.device)
-    (batches, firsts), ways = _prepare(backbone, probe, owns, settings, merges)
+    whole_ways, ways = _prepare(backbone, probes, shared, owns, settings, merges)
+    batches = [own for own, _ in whole_ways]
     batches_of = [own for own, _ in ways]
-    base_states = list(firsts) if settings.distances else []
+    base_states = list(whole_ways[0][1]) if settings.distances else []
     # Where only merged layers hand on what is read, the specialists' own hidden states are nobody's.
     alone = specialists if settings.distances or settings.inputs else []
     states = [list(own_firsts) for _, own_firsts in ways]
-    merged_states = [list(firsts) for _ in merges]
-    del firsts, ways  # hidden states that only the first layer takes
+    merged_states = [[list(firsts) for _, firsts in whole_ways] for _ in merges]
+    del whole_ways, ways  # hidden states that only the first layer takes
     signals = EmbeddingSignals(
         torch.full((count, len(modalities), backbone.num_layers), torch.nan, dtype=torch.float64),
-        torch.full((len(modalities), 1 + count, backbone.num_layers, probe.size, 2), torch.nan),
+        torch.full((len(modalities), 1 + count, backbone.num_layers, probes[0].size, 2), torch.nan),
     )
     steps = backbone.num_layers * (settings.distances + len(alone) + len(merges))
     with tqdm(total=steps, desc="embedding signals", unit="layer", disable=not progress) as bar:
@@ -164,9 +170,9 @@ def embedding_signals(
             pooled, targets = [], []
             if settings.distances:
                 with torch.no_grad():
-                    _push(layer, number, batches, base_states)
+                    _push(layer, number, batches[0], base_states)
                     targets = [norm(state) for state in base_states]
-                pooled.append(_pool(base_states, batches))
+                pooled.append(_pool(base_states, batches[0]))
                 bar.update()
             deltas = [specialist.layer_deltas(number) for specialist in specialists]
             touched = sorted(set().union(*deltas))
@@ -182,7 +188,7 @@ def embedding_signals(
                 for name, score in gradients.scores(scratch).items():
                     signals.scores.setdefault(f"layers.{number}.{name}", []).append(score)
                 if settings.distances:
-                    pooled.append(_pool(states[i], batches))
+                    pooled.append(_pool(states[i], batches[0]))
                 if not _is_finite(states[i], batches_of[i], own, settings.inputs):
                     raise InputError(_blame(number, layer, backbone, specialist))
                 bar.update()
@@ -197,7 +203,7 @@ def embedding_signals(
                 for i, specialist in enumerate(specialists):
                     reading = _Reading(layer, touched, owns[i], [merge.positions])
                     with attached(layer, deltas[i]), reading, torch.no_grad():
-                        outputs = _read(layer, number, batches_of[i], own_states, reading)
+                        outputs = _read(layer, number, batches_of[i], own_states[shared[i]], reading)
                     if not _is_finite(outputs, batches_of[i], owns[i], [merge.positions]):
                         raise InputError(_blame(number, layer, backbone, specialist))
                     _enter_read(inputs, number, reading.spooled(scratch)[merge.positions])
@@ -209,18 +215,24 @@ def embedding_signals(
 
 
 def _prepare(
-    backbone: Backbone, probe: Probe, owns: Sequence[int], settings: SignalSettings, merges: Sequence[LayerMerge]
-) -> tuple["_Way", list["_Way"]]:
-    """The probe's way for base and merged layers, if these run, and that for each specialist."""
-    shapes = [batch.attention_mask.shape for batch in probe.batches]
+    backbone: Backbone,
+    probes: Sequence[Probe],
+    shared: Sequence[int],
+    owns: Sequence[int],
+    settings: SignalSettings,
+    merges: Sequence[LayerMerge],
+) -> tuple[list["_Way"], list["_Way"]]:
+    """Each probe's way for base and merged layers, if these run, and that of its probe for each specialist."""
+    shapes = [batch.attention_mask.shape for probe in probes for batch in probe.batches]
     backbone.use_fast_attention(max(rows for rows, _ in shapes), max(length for _, length in shapes))
     read = {*settings.inputs, *(merge.positions for merge in merges)}
-    pairs = list(zip(probe.batches, _read_positions(probe, read), strict=True))
+    pairs = [list(zip(probe.batches, _read_positions(probe, read), strict=True)) for probe in probes]
     whole = settings.distances or read != {"own"} or backbone.length_matters
-    way = _on_device(pairs, backbone) if whole or merges else ([], [])
+    whole_ways = [_on_device(own if whole or merges else [], backbone) for own in pairs]
     if whole:
-        return way, [way] * len(owns)
-    return way, [_on_device([_until_last(*pair, own) for pair in pairs], backbone) for own in owns]
+        return whole_ways, [whole_ways[number] for number in shared]
+    cut = [[_until_last(*pair, own) for pair in pairs[number]] for number, own in zip(shared, owns, strict=True)]
+    return whole_ways, [_on_device(own, backbone) for own in cut]
 
 
 def _on_device(pairs: Sequence[tuple[ProbeBatch, Mapping[Positions, "_Read"]]], backbone: Backbone) -> "_Way":
@@ -262,8 +274,8 @@ def _push(layer: nn.Module, number: int, batches: Sequence["_Batch"], states: li
 def _push_merged(
     layer: nn.Module,
     number: int,
-    batches: Sequence["_Batch"],
-    states: list[Tensor],
+    batches: Sequence[Sequence["_Batch"]],
+    states: Sequence[list[Tensor]],
     merge: LayerMerge,
     inputs: Inputs,
     backbone: Backbone,
@@ -271,8 +283,9 @@ def _push_merged(
     """Merge a layer and push hidden states through it."""
     try:
         with attached(layer, merge.merge(number, inputs)), torch.no_grad():
-            _push(layer, number, batches, states)
-        finite = all(bool(state.isfinite().all()) for state in states)
+            for own_batches, own_states in zip(batches, states, strict=True):
+                _push(layer, number, own_batches, own_states)
+        finite = all(bool(state.isfinite().all()) for own_states in states for state in own_states)
     except (ValueError, torch.linalg.LinAlgError):
         finite = False  # no solution for inputs that are none
     if not finite:

@@ -28,7 +28,7 @@ def prepare(folder: Path, base: Path, samples: int) -> None:
     data = {name: [example.item for example in load_task(name).examples["test"][:samples]] for name in MODALITIES}
     # One batch, so that all inputs are padded to one length, as a file of ready tensors has them.
     tokenizer = AutoTokenizer.from_pretrained(base)
-    batch = text_probe(tokenizer, TEMPLATE, data, Backbone(base).embed, batch_size=samples).batches[0]
+    batch = text_probe(tokenizer, [TEMPLATE], data, Backbone(base).embed, batch_size=samples).batches[0]
     masks = {f"mask.{name}": mask for name, mask in zip(MODALITIES, batch.masks, strict=True)}
     embeds = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     write_tensors(folder / PROBE_FILE, {**embeds, **masks})

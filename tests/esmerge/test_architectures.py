@@ -120,7 +120,7 @@ class Case:
         settings = SignalSettings(projections=8, keep_responses=True, **settings)
         with Scratch() as scratch:
             probed = [ProbedSpecialist(specialist.name, layer_deltas(specialist)) for specialist in specialists]
-            signals = embedding_signals(backbone, probed, probe, settings, scratch, progress=False)
+            signals = embedding_signals(backbone, probed, [probe], settings, scratch, progress=False)
             self.inputs = {
                 (positions, name, tensor): own.rows(0, own.shape[0])
                 for positions, by_tensor in signals.inputs.items()

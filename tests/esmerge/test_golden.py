@@ -74,7 +74,7 @@ class TestFunctions:
             keep_responses=True,
         )
         with Scratch() as scratch:
-            return embedding_signals(backbone, probed(specialists), probe, settings, scratch, progress=False)
+            return embedding_signals(backbone, probed(specialists), [probe], settings, scratch, progress=False)
 
     def test_directions(self, expected, setup):
         directions = random_directions(setup["projections"], 48, setup["seed"])

@@ -159,6 +159,77 @@ def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, cou
     assert list(record["inputs"]["probe"]) == [content["probe"]["tensors"]]
 
 
+OWN_TEMPLATES = {
+    "molecule": "Molecule: {molecule}\nDoes it cross the barrier?",
+    "protein": "{protein}",
+    "cell": ["Cell: {cell}\nWhich tissue?", "A cell. {cell}\nIs it sensitive?"],
+}
+
+
+def own_prompts(llama, tokenizer, count=5):
+    """Of each specialist: token ids, and whether they belong to the item or stand after it."""
+    prompts = {}
+    for name, given in OWN_TEMPLATES.items():
+        templates = itertools.cycle([given] if isinstance(given, str) else given)
+        items = (llama / f"{name}.txt").read_text().splitlines()[:count]
+        prompts[name] = []
+        for item, template in zip(items, templates, strict=False):
+            message = [{"role": "user", "content": template.format(**{name: item})}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
+            starts, ends = encoded["offset_mapping"][0].unbind(dim=1)
+            first = text.index(item)
+            inside = (ends > first) & (starts < first + len(item))
+            prompts[name].append((encoded["input_ids"], inside, starts >= first + len(item)))
+    return prompts
+
+
+@pytest.mark.parametrize("tokens", ["own", "own_and_after", "all"])
+@pytest.mark.parametrize("activations", ["specialist", "merged"])
+def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, tokenizer, tokens, activations):
+    method = {"name": "embedding_matching", "tokens": tokens, "activations": activations}
+    probe = recipe["probe"] | {"template": OWN_TEMPLATES}
+    output = {"format": "full", "dtype": "float32"}
+    folder = merge(recipe | {"probe": probe, "coefficients": "uniform", "method": method, "output": output})
+    merged = load_file(folder / "model.safetensors")
+    prompts = own_prompts(llama, tokenizer)
+    models = {}
+    for name in NAMES:
+        base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+        models[name] = PeftModel.from_pretrained(base, llama / name).merge_and_unload()
+    for number, layer in enumerate(AutoModelForCausalLM.from_pretrained(llama / "base").model.layers):
+        modules = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+        read = {module: {name: [] for name in NAMES} for module in modules}
+        for name, model in models.items():
+            handles = [
+                model.model.layers[number]
+                .get_submodule(module)
+                .register_forward_pre_hook(lambda _, args, into=read[module][name]: into.append(args[0][0]))
+                for module in modules
+            ]
+            masks = []
+            for ids, inside, after in prompts[name]:
+                masks.append({"own": inside, "own_and_after": inside | after, "all": ~after}[tokens])
+                with torch.no_grad():
+                    model(input_ids=ids)
+            for handle in handles:
+                handle.remove()
+            for module in modules:
+                parts = read[module][name]
+                read[module][name] = torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)])
+        for module in modules:
+            weight = layer.get_submodule(module).weight.detach()
+            weights = [models[name].model.layers[number].get_submodule(module).weight for name in NAMES]
+            deltas = [own.detach() - weight for own in weights]
+            inputs = [read[module][name] for name in NAMES]
+            found = merged[f"model.layers.{number}.{module}.weight"]
+            expected = normal_equations(deltas, [1 / 3] * 3, inputs, 0.9, trace=True)
+            torch.testing.assert_close((found - weight).double(), expected, rtol=1e-3, atol=1e-4)
+            if activations == "merged":
+                for own in weights:
+                    own.data.copy_(found)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", ["regmean", "embedding_matching"])
 def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_path, full, name):
@@ -369,6 +440,41 @@ def test_signals_can_weigh_the_terms(llama, merge, probed):
         ({"method": {"name": "embedding_matching", "tokens": "some"}}, "tokens"),
         ({"method": {"name": "embedding_matching", "terms": "some"}}, "terms"),
         ({"method": {"name": "regmean", "tokens": "own"}}, "tokens"),
+        (
+            {
+                "coefficients": {"from": "embedding_signals", "granularity": "layer"},
+                "probe": {"samples": 5, "template": OWN_TEMPLATES, "data": {}},
+            },
+            "probe.template: coefficients from embedding signals compare what all make of the same prompt",
+        ),
+        (
+            {"probe": {"samples": 5, "template": {"cell": ["{cell}", 3]}, "data": {}}},
+            "probe.template: ['{cell}', 3] is no template; give one text, or for each specialist one text or several",
+        ),
+        (
+            {"probe": {"samples": 5, "template": OWN_TEMPLATES | {"cell": []}, "data": dict.fromkeys(NAMES, "a.txt")}},
+            "probe.template.cell is empty; give at least one template with {cell} in it",
+        ),
+        (
+            {
+                "probe": {
+                    "samples": 5,
+                    "template": OWN_TEMPLATES | {"cell": ["{cell}", "{cell} of {protein}"]},
+                    "data": dict.fromkeys(NAMES, "a.txt"),
+                }
+            },
+            "probe.template.cell has the placeholder {protein}, expected {cell}",
+        ),
+        (
+            {
+                "probe": {
+                    "samples": 5,
+                    "template": {name: f"{{{name}}}" for name in NAMES[:2]},
+                    "data": dict.fromkeys(NAMES, "a.txt"),
+                }
+            },
+            "probe.template has no modality cell, which the specialist cell needs",
+        ),
         (
             {
                 "coefficients": {"from": "embedding_signals", "granularity": "layer"},

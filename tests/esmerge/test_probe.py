@@ -30,7 +30,7 @@ def bytewise(tokenizer):
 
 def located(tokenizer, template, items, chat_template=None):
     """The text before each item and the item itself, as the masks have them."""
-    [(ids, masks)] = tokenize(tokenizer, template, [items], chat_template)
+    [(ids, masks)] = tokenize(tokenizer, [template], [items], chat_template)
     found = {}
     for name, mask in masks.items():
         first, last = mask.nonzero().flatten()[[0, -1]].tolist()
@@ -89,9 +89,9 @@ def test_masks_take_tokens_that_overlap_the_item(tokenizer):
 
 def test_prompt_ends_with_the_last_item(bytewise):
     question, items = TEMPLATE + ". Is it toxic?", [{"molecule": "CCO", "protein": "MKT"}]
-    [(ids, masks)] = tokenize(bytewise, question, items)
+    [(ids, masks)] = tokenize(bytewise, [question], items)
     assert bytewise.decode(ids) == BEFORE + "Molecule: CCO\nProtein: MKT"
-    [(longer, wider)] = tokenize(bytewise, question, items, keep_end=True)
+    [(longer, wider)] = tokenize(bytewise, [question], items, keep_end=True)
     after = bytewise.decode(longer).removeprefix(BEFORE + "Molecule: CCO\nProtein: MKT")
     assert after.startswith(". Is it toxic?")
     for name, mask in masks.items():
@@ -106,7 +106,7 @@ def test_chat_template_in_place_of_the_tokenizers(bytewise):
 
 def test_tokenizer_without_chat_template_is_refused():
     with pytest.raises(InputError, match=r"no chat template: set probe\.chat_template"):
-        tokenize(byte_tokenizer(None), TEMPLATE, [{"molecule": "C", "protein": "D"}])
+        tokenize(byte_tokenizer(None), [TEMPLATE], [{"molecule": "C", "protein": "D"}])
 
 
 def test_chat_template_that_changes_the_prompt_is_refused(bytewise):
@@ -129,9 +129,9 @@ def test_chat_template_inline_or_from_a_file(recipe, merge, tmp_path, padding):
 
 def test_batches_are_left_padded(bytewise):
     data = {"molecule": ["C", "CCCC", "CC"], "protein": ["MKT", "M", "MKTAYI"]}
-    probe = text_probe(bytewise, TEMPLATE, data, lambda ids: ids[..., None].float(), batch_size=2)
+    probe = text_probe(bytewise, [TEMPLATE], data, lambda ids: ids[..., None].float(), batch_size=2)
     rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
-    prompts = tokenize(bytewise, TEMPLATE, rows)
+    prompts = tokenize(bytewise, [TEMPLATE], rows)
     assert [len(batch.attention_mask) for batch in probe.batches] == [2, 1]
     assert probe.modalities == ("molecule", "protein")
     padded = [

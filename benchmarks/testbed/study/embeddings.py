@@ -18,7 +18,7 @@ from esmerge.backbone import Backbone
 from esmerge.mllm.loading import load_model
 from esmerge.plan import make_plan
 from esmerge.probe import Probe
-from esmerge.probing import make_probe
+from esmerge.probing import make_probes
 from esmerge.results import write_tensors
 
 # By modality, at the positions of its items: [n, H] float32.
@@ -50,7 +50,7 @@ class GapMeter:
         setting = next(iter(own.variants.values()))
         recipe = recipe_of(places, base, seed, own, setting, EXACT, PROBE_SAMPLES, first=PROBE_SAMPLES)
         plan = make_plan(recipe)
-        self._probe = make_probe(plan, Backbone(base, torch.float32, "cpu", plan.checkpoint))
+        [self._probe] = make_probes(plan, Backbone(base, torch.float32, "cpu", plan.checkpoint))
         file = places.embeddings(seed)
         if not file.exists():
             kept = {f"base.{name}": states for name, states in last_states(base, base, self._probe).items()}

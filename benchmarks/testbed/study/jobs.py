@@ -31,7 +31,7 @@ from benchmarks.testbed.study.specialists import (
     write_untrained,
 )
 from esmerge.results import write_whole
-from lightning_modules.finetune import finetune
+from lightning_modules.finetune import RECORD, finetune
 from lightning_modules.finetune_recipe import load_finetuning_recipe
 from lightning_modules.running import Devices
 
@@ -187,4 +187,7 @@ def _probe_sizes(places: Places, base: Path) -> list[Job]:
 def _train(places: Places, seed: int, name: str, recipe: dict[str, Any]) -> None:
     file = places.recipe(seed, name)
     write_recipe(recipe, file)
-    finetune(load_finetuning_recipe(file), places.model(seed, name), Devices(), resume=True, progress=False)
+    model = places.model(seed, name)
+    finetune(load_finetuning_recipe(file), model, Devices(), resume=True, progress=False)
+    places.trainings(seed).mkdir(parents=True, exist_ok=True)
+    write_whole(places.trainings(seed) / f"{name}.yaml", (model / RECORD).read_text(encoding="utf-8"))

@@ -29,6 +29,10 @@ class Places:
         """A model that was trained: a specialist, `joint`, or `tuned`."""
         return self.root / f"seed-{seed}" / name
 
+    def trainings(self, seed: int) -> Path:
+        """The records of a seed's trainings, which stay when models do not."""
+        return self.root / "trainings" / f"seed-{seed}"
+
     def untrained(self, seed: int, name: str) -> Path:
         """What a training starts from."""
         return self.root / f"seed-{seed}" / "untrained" / name

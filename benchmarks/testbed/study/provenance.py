@@ -15,7 +15,6 @@ from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
 from esmerge.results import RECORD_FILE
 from lightning_modules.evaluation_results import RESULTS_FOLDER, read_results
-from lightning_modules.finetune import RECORD
 
 # Of hashes, as many characters as tell them apart.
 _SHOWN = 12
@@ -45,12 +44,12 @@ def trainings_table(places: Places) -> str:
     """Of every model that was trained: its weights, steps and minutes."""
     rows = []
     for seed in SEEDS:
-        for file in sorted(places.model(seed, "any").parent.glob(f"*/{RECORD}"), key=_place):
+        for file in sorted(places.trainings(seed).glob("*.yaml"), key=_place):
             record = yaml.safe_load(file.read_text(encoding="utf-8"))
             samples = ", ".join(f"{task} {count}" for task, count in record["samples"].items())
             recipe = record["recipe"]
             how = f"{recipe['epochs']} x {samples}"
-            rows.append([file.parent.name, f"{seed}", how, f"{record['steps']}", f"{record['seconds'] / 60:.0f}"])
+            rows.append([file.stem, f"{seed}", how, f"{record['steps']}", f"{record['seconds'] / 60:.0f}"])
     return markdown_table(["model", "seed", "epochs x samples", "steps", "minutes"], rows)
 
 
@@ -95,7 +94,7 @@ def _results(places: Places) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _place(file: Path) -> tuple[int, str]:
-    name = file.parent.name
+    name = file.stem
     order: list[str] = list(MODALITIES)
     return (order.index(name) if name in order else len(order)), name
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from benchmarks.testbed.data import MODALITIES
-from benchmarks.testbed.study import embeddings, jobs, page, results, rows, scoring, specialists, table_rows, tasks
+from benchmarks.testbed.study import (
+    archive,
+    embeddings,
+    jobs,
+    page,
+    results,
+    rows,
+    scoring,
+    specialists,
+    table_rows,
+    tasks,
+)
 from benchmarks.testbed.study.__main__ import _with_needs, run_all
 from benchmarks.testbed.study.jobs import Job, all_jobs
 from benchmarks.testbed.study.merges import EXACT, recipe_of
@@ -157,6 +168,21 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
         if line.startswith("| embedding matching | ") and f"{choice['gaps'][nearest]:.3f}" in line
     )
     assert f"{choice['scores'][nearest] - choice['scores'][choice['chosen']]:+.3f}" in told
+
+    # Packed and unpacked elsewhere, the results make the same page: no model is needed for it.
+    packed = archive.pack(places, tmp_path / "packed")
+    assert {file.name for file in packed} == {"test-42.tar.xz", "validation.tar.xz"}
+    before = [file.read_bytes() for file in packed]
+    assert [file.read_bytes() for file in archive.pack(places, tmp_path / "packed")] == before
+    elsewhere = Places(tmp_path / "elsewhere")
+    assert archive.unpack(elsewhere, tmp_path / "packed") > 0
+    assert archive.unpack(elsewhere, tmp_path / "packed") == 0
+    written = readme.read_text()
+    page.page(elsewhere, readme, tmp_path / "figures")
+    assert readme.read_text() == written
+    assert not elsewhere.model(seed, "cell").exists()
+    with pytest.raises(InputError, match="has no archives of results"):
+        archive.unpack(elsewhere, tmp_path)
 
     # What was asked is told once per task, and results of other data are not mixed with it.
     asked = [line for line in lines if line.startswith("| `b3db` ")]

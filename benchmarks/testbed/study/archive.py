@@ -1,0 +1,100 @@
+"""The study's result files, packed beside the page that was made of them: every answer behind every number.
+
+    python -m benchmarks.testbed.study.archive unpack
+
+puts them where the study keeps its results, so that it goes on from there; `pack` is its reverse.
+"""
+
+import argparse
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.testbed.study.jobs import AS_PUBLISHED, DONE_FILE
+from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE
+from benchmarks.testbed.study.specialists import SEEDS
+from esmerge.errors import InputError
+from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE
+from lightning_modules.evaluation_results import RESULTS_FOLDER
+
+ARCHIVES = Path(__file__).parent / "results"
+_KEPT = (CHOICE_FILE, DONE_FILE, MERGE_FILE, RECORD_FILE)
+
+
+def pack(places: Places, folder: Path) -> list[Path]:
+    """Pack all result files: an archive for each training's test data and one for validation data.
+
+    The same results give the same bytes.
+
+    Args:
+        folder: to write into; archives of which there are no results stay as they are.
+
+    Returns:
+        The archives that were written.
+    """
+    parts = {f"test-{seed}": [places.test(seed, "any").parent, places.trainings(seed)] for seed in SEEDS}
+    parts["validation"] = [places.validation("any").parent, places.probe_size("any", 0).parent.parent]
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in parts.items():
+        files = sorted(file for part in own for file in _results(places, part))
+        if files:
+            written.append(folder / f"{name}.tar.xz")
+            _write(written[-1], files, places.root)
+    return written
+
+
+def _results(places: Places, folder: Path) -> Iterator[Path]:
+    # The coefficients of one row are drawn; those of others would be most of the archive.
+    drawn = places.test(CHOOSING_SEED, AS_PUBLISHED) / COEFFICIENTS_FILE
+    for file in folder.rglob("*"):
+        kept = file.name in _KEPT or file.parent.name == RESULTS_FOLDER or file.parent == folder or file == drawn
+        if file.is_file() and kept:
+            yield file
+
+
+def _write(archive: Path, files: list[Path], root: Path) -> None:
+    with tarfile.open(archive, "w:xz", preset=9) as packed:
+        for file in files:
+            content = file.read_bytes()
+            entry = tarfile.TarInfo(file.relative_to(root).as_posix())  # of no owner and no time
+            entry.size = len(content)
+            packed.addfile(entry, io.BytesIO(content))
+
+
+def unpack(places: Places, folder: Path) -> int:
+    """Put packed result files where they belong; those that are there already stay.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        InputError: if there are no archives.
+    """
+    archives = sorted(folder.glob("*.tar.xz"))
+    if not archives:
+        raise InputError(f"{folder} has no archives of results; run the study.")
+    places.root.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for archive in archives:
+        with tarfile.open(archive) as packed:
+            missing = [entry for entry in packed if not (places.root / entry.name).exists()]
+            packed.extractall(places.root, missing, filter="data")
+            count += len(missing)
+    return count
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("pack", "unpack"))
+    if parser.parse_args().action == "pack":
+        pack(Places.usual(), ARCHIVES)
+    else:
+        print(f"{unpack(Places.usual(), ARCHIVES)} files were missing")
+
+
+if __name__ == "__main__":
+    main()
