@@ -199,9 +199,9 @@ def regmean(
 ) -> Tensor:
     """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe up to its last item.
 
-    Where all specialists get the same probe, what the first layer reads is the same for all of them, and its weights are
-    averaged. A template for each specialist gives each data of its own, as the paper has it; `embedding_matching` with
-    terms `as_read` takes what is each specialist's own from the shared one.
+    Where all specialists get the same probe, what the first layer reads is the same for all of them, and its weights
+    are averaged. A template for each specialist gives each data of its own, as the paper has it; `embedding_matching`
+    with terms `as_read` takes what is each specialist's own from the shared one.
 
     Args:
         weights: one number per specialist.
