@@ -9,7 +9,16 @@ from typing import Any
 from benchmarks.testbed.data import MODALITIES, Modality
 from benchmarks.testbed.study.merges import merged
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.rows import AS_READ, PUBLISHED, PUBLISHED_VARIANT, ROWS, VARIATIONS, Row, row
+from benchmarks.testbed.study.rows import (
+    MATCHING,
+    OWN_PROMPTS,
+    PUBLISHED,
+    PUBLISHED_VARIANT,
+    ROWS,
+    VARIATIONS,
+    Row,
+    row,
+)
 from benchmarks.testbed.study.scoring import (
     CHOICE_FILE,
     CHOOSING_SEED,
@@ -39,10 +48,10 @@ from lightning_modules.running import Devices
 DONE_FILE = "done"
 BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 # Whether a row composes what it knows about both partners is asked of these.
-_CONTROLLED = ("uniform", "es_both_factors", "embedding_matching", AS_READ)
+_CONTROLLED = ("uniform", "es_both_factors", *MATCHING)
 
 PROBE_SIZES = (8, 32, 100, 330)
-MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, AS_READ: "shrink_0.9-lambda_1.0"}
+MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, OWN_PROMPTS: "shrink_0.9-lambda_1.0"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from benchmarks.testbed.data import MODALITIES, load_task
 from benchmarks.testbed.demo import PROBE_TEMPLATE
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import Row, Variant
+from benchmarks.testbed.study.specialists import own_prompts
 from esmerge.pipeline import compare, merge
 from esmerge.recipe import Recipe
 
@@ -51,7 +52,8 @@ def recipe_of(
         if not probe.exists():
             write_probe(probe, first, samples)
         data = {modality: str(probe / f"{modality}.txt") for modality in MODALITIES}
-        fields["probe"] = {"samples": samples, "template": PROBE_TEMPLATE, "data": data}
+        template = own_prompts() if row.own_prompts else PROBE_TEMPLATE
+        fields["probe"] = {"samples": samples, "template": template, "data": data}
     return Recipe.model_validate(fields)
 
 

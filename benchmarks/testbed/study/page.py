@@ -20,7 +20,7 @@ from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZES
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
 from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation, specialists_of
-from benchmarks.testbed.study.rows import AS_READ, PUBLISHED, ROWS, VARIATIONS, Row
+from benchmarks.testbed.study.rows import MATCHING, PUBLISHED, ROWS, VARIATIONS, Row
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import half_width, holm, rank_correlation
@@ -205,11 +205,7 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         f"Means over the {len(SEEDS)} trainings of the specialists (as many as there are so far: last column), with "
         "95 % intervals (Student's t) over them.",
         scores_table(found),
-        *(
-            _paired(found, resamples, name)
-            for name in (AS_PUBLISHED, "es_both", "embedding_matching", AS_READ)
-            if name in found.scores
-        ),
+        *(_paired(found, resamples, name) for name in (AS_PUBLISHED, "es_both", *MATCHING) if name in found.scores),
         "### Settings, and how they were chosen",
         choices_table(found, ROWS),
         "### What else embedding signals could do, on validation data",

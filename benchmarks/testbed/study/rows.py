@@ -24,6 +24,8 @@ class Row:
         variants: its settings by name, at most `BUDGET`.
         signals: whether coefficients or method come from embedding signals.
         space: in which deltas are merged.
+        own_prompts: whether each specialist reads prompts of its own tasks in the probe, instead of one prompt that has
+            all modalities.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Row:
     variants: dict[str, Variant]
     signals: bool = False
     space: Space = "weights"
+    own_prompts: bool = False
 
     @property
     def probed(self) -> bool:
@@ -49,7 +52,9 @@ def _named(variants: list[Variant]) -> dict[str, Variant]:
         fields = {**variant["method"], **variant["coefficients"]} if isinstance(variant["coefficients"], dict) else {}
         fields = {**variant["method"], **fields}
         shown = [
-            f"{k}_{v}" for k, v in fields.items() if k not in ("name", "terms", "from", "granularity", *MODALITIES)
+            f"{k}_{v}"
+            for k, v in fields.items()
+            if k not in ("name", "terms", "tokens", "from", "granularity", *MODALITIES)
         ]
         named["-".join(shown) or "only"] = variant
     return named
@@ -77,6 +82,9 @@ PUBLISHED_VARIANT = "temperature_0.5-tau_0.1"
 
 # Embedding matching whose terms are as large as what they were read from.
 AS_READ = "embedding_matching_as_read"
+# Of prompts like those that each specialist was trained on.
+OWN_PROMPTS = "embedding_matching_own_prompts"
+MATCHING = ("embedding_matching", AS_READ, OWN_PROMPTS)
 
 ROWS: tuple[Row, ...] = (
     Row("uniform", "uniform average", _named([{"method": {"name": "linear"}, "coefficients": "uniform"}])),
@@ -136,6 +144,19 @@ ROWS: tuple[Row, ...] = (
         "embedding matching, as read",
         _summed("embedding_matching", terms=("as_read",), shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
         True,
+    ),
+    Row(
+        OWN_PROMPTS,
+        "embedding matching, own prompts",
+        _summed(
+            "embedding_matching",
+            tokens=("own_and_after",),
+            terms=("as_read",),
+            shrink=(0.5, 0.9),
+            **{"lambda": (1.0, 1.25)},
+        ),
+        True,
+        own_prompts=True,
     ),
 )
 

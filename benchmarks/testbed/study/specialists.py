@@ -15,6 +15,7 @@ from esmerge.modalities import Encoder
 from esmerge.modalities.modality import Modality as Encoding
 from esmerge.modalities.modality import with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, modality_from_settings, save_encoder, save_modality
+from lightning_modules.tasks import load_task
 
 LESSONS = Path(__file__).parent.parent / "lessons"
 SEEDS = (42, 43, 44)
@@ -34,6 +35,11 @@ _REPEAT: dict[Modality, dict[str, int]] = {"molecule": {}, "protein": {"target_b
 _SAMPLES: dict[Modality, int] = {"molecule": 1200, "protein": 1600, "cell": 700}
 # As text: of so few proteins, an encoder that starts from nothing learns less. Most tokens would be of a few long ones.
 _LONGEST_PROTEIN = 64
+
+
+def own_prompts() -> dict[str, list[str]]:
+    """Of each specialist, the prompts of the tasks that it is trained on."""
+    return {modality: [load_task(name).prompt for name in TASKS[modality]] for modality in MODALITIES}
 
 
 def encodings(modalities: tuple[Modality, ...] = MODALITIES) -> dict[str, Encoding]:

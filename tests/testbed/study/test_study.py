@@ -132,7 +132,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     for name in done:
         made[name].run()
         assert made[name].result.exists(), name
-    probed = made["probe-size/embedding_matching_as_read/8"]
+    probed = made["probe-size/embedding_matching_own_prompts/8"]
     probed.run()
     assert probed.result.exists()
     choice = json.loads((places.validation("embedding_matching") / scoring.CHOICE_FILE).read_text())
