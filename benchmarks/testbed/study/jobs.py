@@ -74,7 +74,8 @@ class Job:
 def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     """All jobs by name, in the order in which they are best done: what one seed tells comes before the next seed."""
     jobs: list[Job] = []
-    for seed in SEEDS:
+    # That of which settings are chosen comes first.
+    for seed in sorted(SEEDS, key=lambda own: own != CHOOSING_SEED):
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
     for seed in SEEDS:

@@ -152,7 +152,7 @@ ROWS: tuple[Row, ...] = (
             "embedding_matching",
             tokens=("own_and_after",),
             terms=("as_read",),
-            shrink=(0.5, 0.9),
+            shrink=(0.9, 0.98),
             **{"lambda": (1.0, 1.25)},
         ),
         True,

@@ -31,11 +31,13 @@ from esmerge.methods import METHODS
 from esmerge.mllm.loading import load_model
 from lightning_modules.finetune_recipe import FinetuningRecipe
 
+CHOSEN_ON = scoring.CHOOSING_SEED
+
 
 @pytest.fixture
 def places(trained, tmp_path):
     for modality in MODALITIES:
-        link = Places(tmp_path).model(scoring.CHOOSING_SEED, modality)
+        link = Places(tmp_path).model(CHOSEN_ON, modality)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(trained / modality)
     return Places(tmp_path)
@@ -75,8 +77,8 @@ def test_jobs_need_only_earlier_ones_and_each_has_its_own_result(tmp_path):
         assert set(job.needs) <= seen, name
         seen.add(name)
     assert len({job.result for job in made.values()}) == len(made)
-    only = _with_needs(made, ["test/42/ties"])
-    assert set(only) == {"molecule-42", "protein-42", "cell-42", "choice/ties", "test/42/ties"}
+    only = _with_needs(made, [f"test/{CHOSEN_ON}/ties"])
+    assert set(only) == {*(f"{name}-{CHOSEN_ON}" for name in MODALITIES), "choice/ties", f"test/{CHOSEN_ON}/ties"}
 
 
 def test_jobs_wait_for_what_they_need_and_a_failure_stops_the_rest(tmp_path):
@@ -118,17 +120,17 @@ def test_an_untrained_specialist_is_the_base_with_encoders_that_depend_on_the_se
 def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeypatch):
     monkeypatch.setenv("ESMERGE_ENCODER_CACHE", str(tmp_path / "soft tokens"))
     monkeypatch.setattr("benchmarks.testbed.study.merges.PROBE_SAMPLES", 3)
-    seed, base = scoring.CHOOSING_SEED, llama / "base"
+    seed, base = CHOSEN_ON, llama / "base"
     made = all_jobs(places, base)
     tasks.write_tasks(places.tasks())
     done = [
         "test/base",
         "choice/embedding_matching",
-        "test/42/embedding_matching",
-        "test/42/uniform",
-        "test/42/published",
+        f"test/{CHOSEN_ON}/embedding_matching",
+        f"test/{CHOSEN_ON}/uniform",
+        f"test/{CHOSEN_ON}/published",
     ]
-    done += [f"test/42/{modality}" for modality in MODALITIES]
+    done += [f"test/{CHOSEN_ON}/{modality}" for modality in MODALITIES]
     for name in done:
         made[name].run()
         assert made[name].result.exists(), name
@@ -145,7 +147,16 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     # Of merged models only results are left.
     left = {entry.name for entry in tmp_path.iterdir()}
     assert not list((tmp_path / "scratch").iterdir())
-    assert left == {"scratch", "seed-42", "tasks", "probes", "validation", "test", "probe sizes", "soft tokens"}
+    assert left == {
+        "scratch",
+        f"seed-{CHOSEN_ON}",
+        "tasks",
+        "probes",
+        "validation",
+        "test",
+        "probe sizes",
+        "soft tokens",
+    }
 
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(("before", *page.CONCLUSION, *page.RESULTS, "after", "")))
@@ -171,7 +182,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
 
     # Packed and unpacked elsewhere, the results make the same page: no model is needed for it.
     packed = archive.pack(places, tmp_path / "packed")
-    assert {file.name for file in packed} == {"test-42.tar.xz", "validation.tar.xz"}
+    assert {file.name for file in packed} == {f"test-{CHOSEN_ON}.tar.xz", "validation.tar.xz"}
     before = [file.read_bytes() for file in packed]
     assert [file.read_bytes() for file in archive.pack(places, tmp_path / "packed")] == before
     elsewhere = Places(tmp_path / "elsewhere")
@@ -204,7 +215,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
 
 
 def test_base_and_specialists_read_proteins_as_far_as_the_protein_specialist_does(llama, places):
-    specialist = places.model(scoring.CHOOSING_SEED, "molecule")
+    specialist = places.model(CHOSEN_ON, "molecule")
     known = {}
     for name, model in (("base", llama / "base"), ("molecule", specialist)):
         before = sorted(model.rglob("*"))
