@@ -85,7 +85,7 @@ def inputs_key(plan: Plan) -> str:
 def reach_of(plan: Plan) -> Reach:
     """How far into each probe input a plan needs it."""
     positions = positions_of(plan)
-    if positions == "own_and_after":
+    if positions == "own_and_after" or (positions == "all" and not _shares_prompts(plan)):
         return "end"
     return "own" if positions == "own" and not isinstance(plan.recipe.coefficients, SignalsRecipe) else "items"
 
@@ -96,8 +96,12 @@ def positions_of(plan: Plan) -> Positions | None:
     if not method.matches:
         return None
     parameters = METHODS[method.name].parameters.model_validate(method.parameters)
-    positions: Positions = getattr(parameters, "tokens", "all")
-    return positions
+    positions: Positions | None = getattr(parameters, "tokens", "all")
+    return positions or ("own" if _shares_prompts(plan) else "own_and_after")
+
+
+def _shares_prompts(plan: Plan) -> bool:
+    return plan.recipe.probe is None or plan.recipe.probe.is_shared
 
 
 def layer_alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:

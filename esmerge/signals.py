@@ -319,7 +319,9 @@ def _read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Po
     # Of each input, whatever stands in the same batch.
     items = [batch.masks.any(dim=0) for batch in probe.batches]
     before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
-    all_of_it = [mask & part for mask, part in zip(attended, before_end, strict=True)]
+    # A prompt that one specialist alone reads is what it was trained on, to its end.
+    alone = len(probe.modalities) == 1
+    all_of_it = [mask if alone else mask & part for mask, part in zip(attended, before_end, strict=True)]
     after = [mask & ~part for mask, part in zip(attended, before_end, strict=True)]
     found: list[dict[Positions, _Read]] = [{} for _ in probe.batches]
     modalities = range(len(probe.modalities))

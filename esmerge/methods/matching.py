@@ -17,7 +17,7 @@ from esmerge.methods.registry import Finite, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
 # At which positions inputs of linear layers are taken: of the specialist's own modality, of that and of what follows
-# the last item, or all up to the last item.
+# the last item, or all up to the last item (of prompts of a specialist's own, up to their end).
 Positions = Literal["own", "own_and_after", "all"]
 Terms = Literal["equal", "as_read"]
 Activations = Literal["specialist", "merged"]
@@ -158,7 +158,7 @@ def embedding_matching(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
-    tokens: Positions = "own",
+    tokens: Positions | None = None,
     terms: Terms = "equal",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
@@ -175,7 +175,9 @@ def embedding_matching(
     Args:
         weights: one number per specialist.
         tokens: at which positions of the probe the engine takes inputs: of the specialist's `own` modality, those and
-            what follows the last item (`own_and_after`), or `all` up to the last item.
+            what follows the last item (`own_and_after`), or `all` up to the last item. By default `own` where all
+            specialists read the same prompts; `own_and_after` where each reads prompts of its own, which `all` takes
+            as a whole.
         terms: `equal`, as above, or `as_read`, without the traces: a modality with more positions then counts more.
         activations: whose layers hand on what the next layer of a specialist reads: the `specialist`'s own, or the
             `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3), before anything is truncated to
@@ -197,11 +199,11 @@ def regmean(
     lambda_: Finite = 1.0,
     inputs: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe up to its last item.
+    """RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) on the probe.
 
-    Where all specialists get the same probe, what the first layer reads is the same for all of them, and its weights
-    are averaged. A template for each specialist gives each data of its own, as the paper has it; `embedding_matching`
-    with terms `as_read` takes what is each specialist's own from the shared one.
+    A template for each specialist gives each data of its own, as the paper has it. Where all get the same prompts,
+    which are read up to their last item, the first layer reads the same in all of them, and its weights are averaged;
+    `embedding_matching` with terms `as_read` takes from such prompts what is each specialist's own.
 
     Args:
         weights: one number per specialist.

@@ -184,10 +184,12 @@ def own_prompts(llama, tokenizer, count=5):
     return prompts
 
 
-@pytest.mark.parametrize("tokens", ["own", "own_and_after", "all"])
+@pytest.mark.parametrize("tokens", ["own", "own_and_after", None, "all"])
 @pytest.mark.parametrize("activations", ["specialist", "merged"])
 def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, tokenizer, tokens, activations):
-    method = {"name": "embedding_matching", "tokens": tokens, "activations": activations}
+    method = {"name": "embedding_matching", "activations": activations}
+    if tokens is not None:
+        method["tokens"] = tokens
     probe = recipe["probe"] | {"template": OWN_TEMPLATES}
     output = {"format": "full", "dtype": "float32"}
     folder = merge(recipe | {"probe": probe, "coefficients": "uniform", "method": method, "output": output})
@@ -209,7 +211,7 @@ def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, token
             ]
             masks = []
             for ids, inside, after in prompts[name]:
-                masks.append({"own": inside, "own_and_after": inside | after, "all": ~after}[tokens])
+                masks.append({"own": inside, "all": inside | True}.get(tokens, inside | after))
                 with torch.no_grad():
                     model(input_ids=ids)
             for handle in handles:

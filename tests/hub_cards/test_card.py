@@ -175,6 +175,20 @@ def test_methods_that_match_say_what_their_coefficients_are(merge, recipe, esmer
     assert "@inproceedings{jin2023dataless," in shown and "names its paper" not in shown
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("embedding_matching", "do to its own modality and what follows it in prompts of its own.\n"),
+        ("regmean", "do to prompts of its own.\n"),
+    ],
+)
+def test_prompts_of_each_specialist_are_told(merge, recipe, esmerge, method, said):
+    recipe["probe"]["template"] = {name: f"What of {{{name}}}?" for name in recipe["specialists"]}
+    folder = merge(recipe | {"coefficients": "uniform", "method": method})
+    assert esmerge("card", folder)[0] == 0
+    assert said in text(folder)
+
+
 def test_scores_come_back_from_the_card(merge, recipe, esmerge, results, connected):
     recipe["coefficients"] = "uniform"
     folder = merge(recipe)

@@ -175,6 +175,10 @@ def _matching(**parameters: Any) -> Variant:
     return {"method": method, "coefficients": _each(1.0)}
 
 
+def _matching_own(**parameters: Any) -> Variant:
+    return _matching(**{"tokens": "own_and_after", "terms": "as_read", "lambda": 1.0, **parameters})
+
+
 # What else embedding signals could do, on validation data alone: nothing of it has a row.
 VARIATIONS: tuple[Row, ...] = (
     Row(
@@ -193,6 +197,18 @@ VARIATIONS: tuple[Row, ...] = (
             "shrinking of 0.98": _matching(terms="as_read", shrink=0.98),
         },
         True,
+    ),
+    Row(
+        "matching_own_prompts",
+        "matching, own prompts: whose positions, terms, what layers read",
+        {
+            "own modality": _matching_own(tokens="own"),
+            "the whole prompt, as RegMean has it": _matching_own(tokens="all"),
+            "own modality and what follows, equal terms": _matching_own(terms="equal"),
+            "own modality and what follows, merged layers, as in RegMean++": _matching_own(activations="merged"),
+        },
+        True,
+        own_prompts=True,
     ),
     Row(
         "matching_activations",
