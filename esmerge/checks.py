@@ -230,7 +230,7 @@ def check_probe(plan: "Plan") -> None:
     assert probe.data is not None and probe.template is not None
     check_modalities(list(probe.data), names, "probe.data")
     if isinstance(probe.template, str):
-        check_template(probe.template, names)
+        check_template(probe.template, names, "probe.template", "but no specialist has that name")
     else:
         _check_own_templates(probe, names)
     for name, reference in probe.data.items():
@@ -244,10 +244,16 @@ def _check_own_templates(probe: ProbeRecipe, names: Sequence[str]) -> None:
     check_modalities(list(probe.template), names, "probe.template")
     for name in names:
         templates = probe.templates(name)
+        field, count = f"probe.template.{name}", probe.samples or 0
         if not templates:
-            raise InputError(f"probe.template.{name} is empty; give at least one template with {{{name}}} in it.")
+            raise InputError(f"{field} is empty; give at least one template with {{{name}}} in it.")
+        if len(templates) > count:
+            raise InputError(
+                f"{field} has {len(templates)} templates, but probe.samples is {count}: ask for as many samples at "
+                "least, or give fewer templates."
+            )
         for template in templates:
-            check_template(template, [name], f"probe.template.{name}")
+            check_template(template, [name], field, f"but {name} reads prompts of its own: leave only {{{name}}}")
 
 
 def _check_items(plan: "Plan") -> None:
@@ -258,10 +264,12 @@ def _check_items(plan: "Plan") -> None:
         s.name: s.encoder.modality if s.encoder else TextModality(placeholder=f"{{{s.name}}}") for s in plan.specialists
     }
     tokens = {modality.placeholder: name for name, modality in with_encoder(modalities).items()}
-    templates = [template for name in modalities for template in probe.templates(name)]
-    for token, name in tokens.items():
-        if any(token in template for template in templates):
-            raise InputError(f"probe.template has {token} in it, which stands for items of {name}: write {{{name}}}.")
+    for reader in modalities:
+        field = "probe.template" if probe.is_shared else f"probe.template.{reader}"
+        for token, name in tokens.items():
+            if any(token in template for template in probe.templates(reader)):
+                remedy = f"write {{{name}}}" if probe.is_shared or name == reader else "leave it out"
+                raise InputError(f"{field} has {token} in it, which stands for items of {name}: {remedy}.")
 
     def check(modality: Modality, item: str) -> None:
         if not isinstance(modality, TextModality):

@@ -10,7 +10,7 @@ from esmerge.coefficients import layer_coefficients
 from esmerge.deltas import Delta
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
 from esmerge.methods import METHODS, Method
-from esmerge.methods.matching import Positions
+from esmerge.methods.matching import Positions, Tokens
 from esmerge.names import inner_name
 from esmerge.plan import Plan
 from esmerge.recipe import SignalsRecipe
@@ -85,23 +85,25 @@ def inputs_key(plan: Plan) -> str:
 def reach_of(plan: Plan) -> Reach:
     """How far into each probe input a plan needs it."""
     positions = positions_of(plan)
-    if positions == "own_and_after" or (positions == "all" and not _shares_prompts(plan)):
+    if positions in ("own_and_after", "whole"):
         return "end"
     return "own" if positions == "own" and not isinstance(plan.recipe.coefficients, SignalsRecipe) else "items"
 
 
 def positions_of(plan: Plan) -> Positions | None:
-    """Where the method needs what linear layers read; a method that leaves no choice takes all positions."""
+    """Where the method needs what linear layers read; a method that leaves no choice takes all positions.
+
+    If the recipe says nothing: a specialist's own modality, and in prompts of its own also what follows, where answers
+    begin. All of a shared prompt are those up to its last item.
+    """
     method = plan.recipe.method
     if not method.matches:
         return None
     parameters = METHODS[method.name].parameters.model_validate(method.parameters)
-    positions: Positions | None = getattr(parameters, "tokens", "all")
-    return positions or ("own" if _shares_prompts(plan) else "own_and_after")
-
-
-def _shares_prompts(plan: Plan) -> bool:
-    return plan.recipe.probe is None or plan.recipe.probe.is_shared
+    tokens: Tokens | None = getattr(parameters, "tokens", "all")
+    if plan.recipe.probe is None or plan.recipe.probe.is_shared:
+        return tokens or "own"
+    return "whole" if tokens == "all" else tokens or "own_and_after"
 
 
 def layer_alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:

@@ -1,4 +1,4 @@
-"""Probe inputs: prompts that hold one sample of every modality, with masks of where each one is."""
+"""Probe inputs: prompts that hold a sample of every modality, or of a specialist's own, with masks of where it is."""
 
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -213,17 +213,20 @@ def fill_template(template: str, items: Mapping[str, str]) -> tuple[str, dict[st
     return text, spans
 
 
-def check_template(template: str, modalities: Sequence[str], source: str = "probe.template") -> None:
-    """Raise `InputError` unless the template has each modality's placeholder, once, and no other."""
+def check_template(template: str, modalities: Sequence[str], source: str, unknown: str) -> None:
+    """Raise `InputError` unless a template has each modality's placeholder, once, and no other.
+
+    Args:
+        source: the template's field.
+        unknown: what is wrong with another placeholder, and what to do.
+    """
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise InputError(f"{source} is no valid template ({error}); write literal braces twice.") from error
     for field in fields:
         if field not in modalities:
-            raise InputError(
-                f"{source} has the placeholder {{{field}}}, expected {', '.join(f'{{{name}}}' for name in modalities)}."
-            )
+            raise InputError(f"{source} has the placeholder {{{field}}}, {unknown}.")
     for name in modalities:
         if fields.count(name) != 1:
             raise InputError(f"{source} must have the placeholder {{{name}}} once, it has {fields.count(name)}.")
@@ -314,7 +317,7 @@ def text_probe(
     """A probe from items through the tokenizer's chat template.
 
     Args:
-        templates: with one `{modality}` placeholder each; they take turns.
+        templates: each with one placeholder for every modality of `data`; they take turns.
         data: the items of each modality, equally many.
         embed: token ids [K, T] -> input embeddings [K, T, H].
         batch_size: probe inputs per batch (2 in the paper's code); gradient scores depend on it.

@@ -80,10 +80,13 @@ class ProbeRecipe(_Strict):
     @field_validator("template", mode="before")
     @classmethod
     def _template(cls, value: Any) -> Any:
-        for own in value.values() if isinstance(value, dict) else [value]:
-            texts = own if isinstance(own, list) and isinstance(value, dict) else [own]
-            if value is not None and not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{own!r} is no template; give one text, or for each specialist one text or several")
+        given = value if isinstance(value, dict) else {"": value}
+        for name, own in given.items():
+            texts = own if isinstance(own, list) and value is given else [own]
+            if value is not None and not all(isinstance(text, str) for text in (name, *texts)):
+                raise ValueError(
+                    f"{own!r} is no template; give one text in quotes, or one or several by each specialist's name"
+                )
         return value
 
     @model_validator(mode="after")

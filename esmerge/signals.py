@@ -142,8 +142,8 @@ def embedding_signals(
         InputError: if an embedding is not finite, with the layer and the tensor that is to blame.
     """
     count, modalities = len(specialists), probes[0].modalities
-    if settings.distances and len(probes) > 1:
-        raise ValueError("distances from the base are measured with one probe for all specialists")
+    if len(probes) not in ((1,) if settings.distances else (1, count)):
+        raise ValueError("there must be one probe for all specialists or, without distances, one for each")
     # Of each specialist: its probe, and its modality's place there.
     shared = [0 if len(probes) == 1 else i for i in range(count)]
     owns = [probes[number].modalities.index(s.name) for number, s in zip(shared, specialists, strict=True)]
@@ -319,9 +319,7 @@ def _read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Po
     # Of each input, whatever stands in the same batch.
     items = [batch.masks.any(dim=0) for batch in probe.batches]
     before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
-    # A prompt that one specialist alone reads is what it was trained on, to its end.
-    alone = len(probe.modalities) == 1
-    all_of_it = [mask if alone else mask & part for mask, part in zip(attended, before_end, strict=True)]
+    all_of_it = [mask & part for mask, part in zip(attended, before_end, strict=True)]
     after = [mask & ~part for mask, part in zip(attended, before_end, strict=True)]
     found: list[dict[Positions, _Read]] = [{} for _ in probe.batches]
     modalities = range(len(probe.modalities))
@@ -331,6 +329,7 @@ def _read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Po
         "own": owns,
         "own_and_after": longer,
         "all": [all_of_it for _ in modalities],
+        "whole": [attended for _ in modalities],
     }
     for positions in wanted:
         thinned = [_thinned(masks) for masks in places[positions]]

@@ -17,8 +17,10 @@ from esmerge.methods.registry import Finite, merging_method
 
 Shrink = Annotated[float, Field(ge=0, lt=1)]
 # At which positions inputs of linear layers are taken: of the specialist's own modality, of that and of what follows
-# the last item, or all up to the last item (of prompts of a specialist's own, up to their end).
-Positions = Literal["own", "own_and_after", "all"]
+# the last item, all up to the last item, or all of a prompt.
+Positions = Literal["own", "own_and_after", "all", "whole"]
+# What recipes call them: `all` of a prompt that one specialist alone reads is the whole of it.
+Tokens = Literal["own", "own_and_after", "all"]
 Terms = Literal["equal", "as_read"]
 Activations = Literal["specialist", "merged"]
 # Columns or rows of the inputs that are in float64 at a time.
@@ -158,7 +160,7 @@ def embedding_matching(
     deltas: Sequence[Tensor],
     weights: Tensor,
     *,
-    tokens: Positions | None = None,
+    tokens: Tokens | None = None,
     terms: Terms = "equal",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
@@ -168,9 +170,10 @@ def embedding_matching(
     """Match each specialist's embeddings of its own modality, linear layer by linear layer.
 
     The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
-    specialist i for the probe, at the positions of i's own modality (where there are more than 2,048, at so many of
-    them, evenly spread, which stand for the others). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with
-    modality masks, and with terms of equal size unless they are wanted as they are.
+    specialist i for the probe, at the positions of i's own modality, and in prompts of its own at those of what follows
+    (where there are more than 2,048, at so many of them, evenly spread, which stand for the others). It is RegMean
+    (Jin et al. 2023, arXiv 2212.09849, eq. 2) with modality masks, and with terms of equal size unless they are wanted
+    as they are.
 
     Args:
         weights: one number per specialist.

@@ -451,7 +451,19 @@ def test_signals_can_weigh_the_terms(llama, merge, probed):
         ),
         (
             {"probe": {"samples": 5, "template": {"cell": ["{cell}", 3]}, "data": {}}},
-            "probe.template: ['{cell}', 3] is no template; give one text, or for each specialist one text or several",
+            "probe.template: ['{cell}', 3] is no template; give one text in quotes, or one or several by each",
+        ),
+        (
+            {"probe": {"samples": 5, "template": {"cell": {"cell": None}}, "data": {}}},
+            "probe.template: {'cell': None} is no template; give one text in quotes",
+        ),
+        (
+            {"probe": {"samples": 5, "template": {1: "{cell}"}, "data": {}}},
+            "probe.template: '{cell}' is no template; give one text in quotes, or one or several",
+        ),
+        (
+            {"probe": {"samples": 1, "template": OWN_TEMPLATES, "data": dict.fromkeys(NAMES, "a.txt")}},
+            "probe.template.cell has 2 templates, but probe.samples is 1: ask for as many samples at least",
         ),
         (
             {"probe": {"samples": 5, "template": OWN_TEMPLATES | {"cell": []}, "data": dict.fromkeys(NAMES, "a.txt")}},
@@ -465,7 +477,7 @@ def test_signals_can_weigh_the_terms(llama, merge, probed):
                     "data": dict.fromkeys(NAMES, "a.txt"),
                 }
             },
-            "probe.template.cell has the placeholder {protein}, expected {cell}",
+            "probe.template.cell has the placeholder {protein}, but cell reads prompts of its own: leave only {cell}",
         ),
         (
             {

@@ -189,6 +189,13 @@ def test_prompts_of_each_specialist_are_told(merge, recipe, esmerge, method, sai
     assert said in text(folder)
 
 
+def test_a_merge_without_a_probe_has_a_card(merge, recipe, esmerge):
+    del recipe["probe"]
+    folder = merge(recipe | {"coefficients": "uniform", "method": "ties"})
+    assert esmerge("card", folder)[0] == 0
+    assert "How much of each specialist goes into each decoder layer" in text(folder)
+
+
 def test_scores_come_back_from_the_card(merge, recipe, esmerge, results, connected):
     recipe["coefficients"] = "uniform"
     folder = merge(recipe)

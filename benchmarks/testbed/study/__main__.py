@@ -18,7 +18,7 @@ from functools import partial
 from tqdm import tqdm
 
 from benchmarks.testbed.base_model import base_model_folder
-from benchmarks.testbed.study.jobs import Job, all_jobs
+from benchmarks.testbed.study.jobs import Job, all_jobs, unfinished
 from benchmarks.testbed.study.page import FIGURES, README, page
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.tasks import write_tasks
@@ -36,7 +36,7 @@ def run_all(jobs: dict[str, Job], run: Callable[[str], bool], workers: int) -> s
     Returns:
         The name of one that failed, after which no other was started.
     """
-    waiting = {name: job for name, job in jobs.items() if not job.result.exists()}
+    waiting = unfinished(jobs)
     done = set(jobs) - set(waiting)
     running: dict[Future[bool], str] = {}
     failed: list[str] = []

@@ -2,11 +2,13 @@
 
     python -m benchmarks.testbed.study.archive unpack
 
-puts them where the study keeps its results, so that it goes on from there; `pack` is its reverse.
+puts them where the study keeps its results: `python -m benchmarks.testbed.study.page` makes the page of them, and
+`make testbed` only does what is missing. `pack` is its reverse.
 """
 
 import argparse
 import io
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE
 from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
-from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE
+from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 from lightning_modules.evaluation_results import RESULTS_FOLDER
 
 ARCHIVES = Path(__file__).parent / "results"
@@ -33,8 +35,11 @@ def pack(places: Places, folder: Path) -> list[Path]:
 
     Returns:
         The archives that were written.
+
+    Raises:
+        InputError: if an archive holds more than is there now.
     """
-    parts = {f"test-{seed}": [places.test(seed, "any").parent, places.trainings(seed)] for seed in SEEDS}
+    parts = {f"test-{seed}": [places.test(seed, "any").parent, places.training(seed, "any").parent] for seed in SEEDS}
     parts["validation"] = [places.validation("any").parent, places.probe_size("any", 0).parent.parent]
     written = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +47,7 @@ def pack(places: Places, folder: Path) -> list[Path]:
         files = sorted(file for part in own for file in _results(places, part))
         if files:
             written.append(folder / f"{name}.tar.xz")
+            _check_nothing_is_lost(written[-1], files, places.root)
             _write(written[-1], files, places.root)
     return written
 
@@ -55,13 +61,24 @@ def _results(places: Places, folder: Path) -> Iterator[Path]:
             yield file
 
 
+def _check_nothing_is_lost(archive: Path, files: list[Path], root: Path) -> None:
+    if not archive.exists():
+        return
+    with tarfile.open(archive) as packed:
+        lost = set(packed.getnames()) - {file.relative_to(root).as_posix() for file in files}
+    if lost:
+        raise InputError(f"{archive} has {min(lost)}, {root} has not: unpack it first, or delete it to start anew.")
+
+
 def _write(archive: Path, files: list[Path], root: Path) -> None:
-    with tarfile.open(archive, "w:xz", preset=9) as packed:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz", preset=9) as packed:
         for file in files:
-            content = file.read_bytes()
+            own = file.read_bytes()
             entry = tarfile.TarInfo(file.relative_to(root).as_posix())  # of no owner and no time
-            entry.size = len(content)
-            packed.addfile(entry, io.BytesIO(content))
+            entry.size = len(own)
+            packed.addfile(entry, io.BytesIO(own))
+    write_whole(archive, content.getvalue())
 
 
 def unpack(places: Places, folder: Path) -> int:
@@ -91,10 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("pack", "unpack"))
     if parser.parse_args().action == "pack":
-        pack(Places.usual(), ARCHIVES)
+        for file in pack(Places.usual(), ARCHIVES):
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     else:
         print(f"{unpack(Places.usual(), ARCHIVES)} files were missing")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"Error: {error}")

@@ -6,7 +6,7 @@ from benchmarks.testbed.study.comparisons import Difference, Resampled, compare,
 from benchmarks.testbed.study.jobs import AS_PUBLISHED
 from benchmarks.testbed.study.results import Found, overall, preservation, specialists_of
 from benchmarks.testbed.study.rows import MATCHING
-from benchmarks.testbed.study.scoring import CHOOSING_SEED
+from benchmarks.testbed.study.scoring import DEVELOPED_ON
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import holm
 from benchmarks.testbed.study.table_rows import MERGES, TITLES
@@ -17,7 +17,7 @@ PLAIN_AVERAGE = "uniform"
 def conclusion(found: Found, drawn: Resampled) -> str:
     """As a list: which merge is best, by how much, what it keeps, and where the paper's procedure stands."""
     means = {name: fmean(map(overall, found.scores[name].values())) for name in MERGES if name in found.scores}
-    if AS_PUBLISHED not in means or means.keys().isdisjoint(MATCHING):
+    if not {AS_PUBLISHED, *MATCHING} <= means.keys():
         return "There are too few results to say."
     order = sorted(means, key=means.__getitem__, reverse=True)
     best = order[0]
@@ -34,9 +34,11 @@ def conclusion(found: Found, drawn: Resampled) -> str:
         f"{TITLES[rival]} keeps {100 * _kept(found, rival):.1f} %.",
         _published(found, drawn, means, order),
     ]
-    strict = compare(found, drawn, best, rival, [seed for seed in SEEDS if seed != CHOOSING_SEED])
+    untouched = [seed for seed in SEEDS if seed not in DEVELOPED_ON]
+    strict = compare(found, drawn, best, rival, untouched)
     if strict:
-        lines.insert(2, f"On the trainings on which no setting was chosen alone: {_told(strict)}.")
+        numbers = " and ".join(map(str, untouched))
+        lines.insert(2, f"On the training on which nothing was developed or chosen ({numbers}) alone: {_told(strict)}.")
     return "\n".join(f"- {line}" for line in lines)
 
 

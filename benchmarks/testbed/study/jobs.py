@@ -63,12 +63,27 @@ class Job:
         result: the file or folder that is there when it is done.
         run: does it.
         needs: names of the jobs whose results it takes.
+        record: of what was made, if there is one; once it is there, the result has to be there only for others.
     """
 
     name: str
     result: Path
     run: Callable[[], None]
     needs: tuple[str, ...] = ()
+    record: Path | None = None
+
+
+def unfinished(jobs: dict[str, Job]) -> dict[str, Job]:
+    """The jobs that are to be run, in their order, which puts what is needed first."""
+    found: dict[str, Job] = {}
+    for name, job in reversed(jobs.items()):
+        there = job.result.exists()
+        if job.record is not None:
+            needed = any(name in other.needs for other in found.values())
+            there = job.record.exists() and (there or not needed)
+        if not there:
+            found[name] = job
+    return dict(reversed(found.items()))
 
 
 def all_jobs(places: Places, base: Path) -> dict[str, Job]:
@@ -145,7 +160,7 @@ def _training(places: Places, base: Path, seed: int, modality: Modality) -> Job:
             write_untrained(base, (modality,), seed, untrained)
         _train(places, seed, modality, training_recipe(base, modality, seed, untrained))
 
-    return Job(f"{modality}-{seed}", places.model(seed, modality), run)
+    return Job(f"{modality}-{seed}", places.model(seed, modality), run, record=places.training(seed, modality))
 
 
 def _joint(places: Places, base: Path, seed: int) -> list[Job]:
@@ -178,7 +193,7 @@ def _trained_model(
 ) -> list[Job]:
     model, output = places.model(seed, name), places.test(seed, name)
     return [
-        Job(f"{name}-{seed}", model, train, needs),
+        Job(f"{name}-{seed}", model, train, needs, places.training(seed, name)),
         _test(places, model, f"{seed}/{name}", output, (f"{name}-{seed}",), base),
     ]
 
@@ -195,9 +210,9 @@ def _probe_sizes(places: Places, base: Path) -> list[Job]:
 
 
 def _train(places: Places, seed: int, name: str, recipe: dict[str, Any]) -> None:
-    file = places.recipe(seed, name)
+    file, model, record = places.recipe(seed, name), places.model(seed, name), places.training(seed, name)
     write_recipe(recipe, file)
-    model = places.model(seed, name)
-    finetune(load_finetuning_recipe(file), model, Devices(), resume=True, progress=False)
-    places.trainings(seed).mkdir(parents=True, exist_ok=True)
-    write_whole(places.trainings(seed) / f"{name}.yaml", (model / RECORD).read_text(encoding="utf-8"))
+    if not model.exists():
+        finetune(load_finetuning_recipe(file), model, Devices(), resume=True, progress=False)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(record, (model / RECORD).read_text(encoding="utf-8"))

@@ -29,9 +29,9 @@ class Places:
         """A model that was trained: a specialist, `joint`, or `tuned`."""
         return self.root / f"seed-{seed}" / name
 
-    def trainings(self, seed: int) -> Path:
-        """The records of a seed's trainings, which stay when models do not."""
-        return self.root / "trainings" / f"seed-{seed}"
+    def training(self, seed: int, name: str) -> Path:
+        """The record of a training, which stays when its model does not."""
+        return self.root / "trainings" / f"seed-{seed}" / f"{name}.yaml"
 
     def untrained(self, seed: int, name: str) -> Path:
         """What a training starts from."""

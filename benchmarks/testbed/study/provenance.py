@@ -44,7 +44,7 @@ def trainings_table(places: Places) -> str:
     """Of every model that was trained: its weights, steps and minutes."""
     rows = []
     for seed in SEEDS:
-        for file in sorted(places.trainings(seed).glob("*.yaml"), key=_place):
+        for file in sorted(places.training(seed, "any").parent.glob("*.yaml"), key=_place):
             record = yaml.safe_load(file.read_text(encoding="utf-8"))
             samples = ", ".join(f"{task} {count}" for task, count in record["samples"].items())
             recipe = record["recipe"]

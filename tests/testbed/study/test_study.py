@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.study import (
@@ -95,6 +96,24 @@ def test_jobs_wait_for_what_they_need_and_a_failure_stops_the_rest(tmp_path):
     assert ran == ["b", "c"]
 
 
+def test_models_are_trained_again_only_for_what_is_missing(tmp_path):
+    """Of results that were unpacked there are records, but no models."""
+
+    def job(name, *needs, record=None):
+        return Job(name, tmp_path / name, lambda: None, needs, record and tmp_path / record)
+
+    made = {own.name: own for own in (job("model", record="record"), job("row", "model"), job("other", "model"))}
+    assert list(jobs.unfinished(made)) == ["model", "row", "other"]
+    for name in ("record", "row"):
+        (tmp_path / name).mkdir()
+    assert list(jobs.unfinished(made)) == ["model", "other"]
+    (tmp_path / "other").mkdir()
+    assert jobs.unfinished(made) == {}
+    (tmp_path / "record").rmdir()
+    (tmp_path / "model").mkdir()
+    assert list(jobs.unfinished(made)) == ["model"]
+
+
 def test_recipes_of_trainings_are_valid(tmp_path):
     for modality in MODALITIES:
         FinetuningRecipe.model_validate(specialists.training_recipe(tmp_path, modality, 42, tmp_path))
@@ -180,6 +199,13 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     )
     assert f"{choice['scores'][nearest] - choice['scores'][choice['chosen']]:+.3f}" in told
 
+    record = places.training(seed, "cell")
+    record.parent.mkdir(parents=True)
+    told = {"samples": {"tissue": 3}, "recipe": {"epochs": 2}, "steps": 7, "seconds": 123.0}
+    record.write_text(yaml.safe_dump(told))
+    page.page(places, readme, tmp_path / "figures")
+    assert f"| cell | {seed} | 2 x tissue 3 | 7 | 2 |" in re.sub(" +", " ", readme.read_text())
+
     # Packed and unpacked elsewhere, the results make the same page: no model is needed for it.
     packed = archive.pack(places, tmp_path / "packed")
     assert {file.name for file in packed} == {f"test-{CHOSEN_ON}.tar.xz", "validation.tar.xz"}
@@ -194,6 +220,10 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert not elsewhere.model(seed, "cell").exists()
     with pytest.raises(InputError, match="has no archives of results"):
         archive.unpack(elsewhere, tmp_path)
+    elsewhere.training(seed, "cell").unlink()
+    with pytest.raises(InputError, match=r"has trainings/seed-\d+/cell.yaml, .* has not: unpack it first"):
+        archive.pack(elsewhere, tmp_path / "packed")
+    assert [file.read_bytes() for file in packed] == before
 
     # What was asked is told once per task, and results of other data are not mixed with it.
     asked = [line for line in lines if line.startswith("| `b3db` ")]
