@@ -184,10 +184,14 @@ def own_prompts(llama, tokenizer, count=5):
     return prompts
 
 
-@pytest.mark.parametrize("tokens", ["own", "own_and_after", None, "all"])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("embedding_matching", tokens) for tokens in ("own", "own_and_after", None, "all")] + [("regmean", None)],
+)
 @pytest.mark.parametrize("activations", ["specialist", "merged"])
-def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, tokenizer, tokens, activations):
-    method = {"name": "embedding_matching", "activations": activations}
+def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, tokenizer, name, tokens, activations):
+    whole, trace = name == "regmean" or tokens == "all", name == "embedding_matching"
+    method = {"name": name, "activations": activations}
     if tokens is not None:
         method["tokens"] = tokens
     probe = recipe["probe"] | {"template": OWN_TEMPLATES}
@@ -211,7 +215,7 @@ def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, token
             ]
             masks = []
             for ids, inside, after in prompts[name]:
-                masks.append({"own": inside, "all": inside | True}.get(tokens, inside | after))
+                masks.append(inside | True if whole else inside if tokens == "own" else inside | after)
                 with torch.no_grad():
                     model(input_ids=ids)
             for handle in handles:
@@ -225,7 +229,7 @@ def test_each_specialist_can_read_prompts_of_its_own(llama, recipe, merge, token
             deltas = [own.detach() - weight for own in weights]
             inputs = [read[module][name] for name in NAMES]
             found = merged[f"model.layers.{number}.{module}.weight"]
-            expected = normal_equations(deltas, [1 / 3] * 3, inputs, 0.9, trace=True)
+            expected = normal_equations(deltas, [1 / 3] * 3, inputs, 0.9, trace=trace)
             torch.testing.assert_close((found - weight).double(), expected, rtol=1e-3, atol=1e-4)
             if activations == "merged":
                 for own in weights:
@@ -508,6 +512,21 @@ def test_what_does_not_fit_is_one_sentence(llama, recipe, esmerge, tmp_path, cha
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
     assert not (tmp_path / "merged").exists()
+
+
+def test_comparisons_of_prompts_of_ones_own_have_a_plain_merges_bits(llama, recipe, merge, esmerge, tmp_path):
+    content = recipe | {"coefficients": "uniform", "method": "regmean"}
+    content["probe"] = content["probe"] | {"template": OWN_TEMPLATES}
+    (llama / "own.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    methods = ["regmean", "embedding_matching", "{name: embedding_matching, tokens: own}", "linear"]
+    options = [word for method in methods for word in ("--method", method)]
+    code, _, err = esmerge("compare", llama / "own.yaml", "-o", tmp_path / "compared", "--quiet", *options)
+    assert code == 0, err
+    for folder in (tmp_path / "compared").iterdir():
+        record = yaml.safe_load((folder / "esmerge.yaml").read_text())
+        alone = merge(content | {"method": record["recipe"]["method"]}, f"alone-{folder.name}")
+        weights = [(own / "adapter_model.safetensors").read_bytes() for own in (folder, alone)]
+        assert weights[0] == weights[1], folder.name
 
 
 def test_several_methods_are_compared_with_one_probe(llama, probed, esmerge, tmp_path):
