@@ -23,6 +23,7 @@ from esmerge.figures import FIGURES_FOLDER, draw_figures
 from esmerge.pipeline import merge
 from esmerge.recipe import load_recipe
 from esmerge.results import read_coefficients
+from lightning_modules.tasks import load_task as load_question
 
 PROBE_SAMPLES = 16
 PROBE_TEMPLATE = "Molecule: {molecule}\nProtein: {protein}\nCell: {cell}"
@@ -31,12 +32,16 @@ MERGED_RANK = sum(plan.rank for plan in PLANS.values())
 
 
 class DemoMerge(NamedTuple):
-    """A merge: name of its recipe and folder, title in the table, and the fields of the recipe that are its own."""
+    """A merge: name of its recipe and folder, title in the table, and the fields of the recipe that are its own.
+
+    Specialists read prompts of their own in the probe, or all of them one that has all modalities.
+    """
 
     name: str
     title: str
     method: object
     coefficients: object
+    own_prompts: bool = False
 
 
 MERGES = [
@@ -47,6 +52,7 @@ MERGES = [
         "embedding matching",
         {"name": "embedding_matching", "terms": "as_read"},
         "uniform",
+        own_prompts=True,
     ),
 ]
 # What is asked and published.
@@ -114,13 +120,18 @@ def _write_probe(folder: Path) -> None:
         (folder / f"{modality}.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
 
 
+def _own_prompts() -> dict[str, str]:
+    """Each specialist's question."""
+    return {modality: load_question(TASKS[modality]).prompt for modality in MODALITIES}
+
+
 def _write_recipe(file: Path, base: Path, specialists: dict[str, Path], own: DemoMerge) -> Path:
     recipe = {
         "base": str(base),
         "specialists": {name: {"model": str(folder)} for name, folder in specialists.items()},
         "probe": {
             "samples": PROBE_SAMPLES,
-            "template": PROBE_TEMPLATE,
+            "template": _own_prompts() if own.own_prompts else PROBE_TEMPLATE,
             "data": {modality: f"{modality}.txt" for modality in MODALITIES},
         },
         "coefficients": own.coefficients,
