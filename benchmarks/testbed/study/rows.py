@@ -97,7 +97,7 @@ ROWS: tuple[Row, ...] = (
         },
         space="factors",
     ),
-    Row("task_arithmetic", "task arithmetic", _summed("task_arithmetic", **{"lambda": (0.4, 0.6, 0.8, 1.0)})),
+    Row("task_arithmetic", "task arithmetic", _summed("task_arithmetic", **{"lambda": (0.6, 0.8, 1.0, 1.2)})),
     Row("ties", "TIES", _summed("ties", density=(0.2, 0.5), **{"lambda": (1.0, 1.5)})),
     Row("dare_ties", "DARE-TIES", _summed("dare_ties", density=(0.5, 0.8), **{"lambda": (0.6, 1.0)})),
     Row("pcb", "PCB", _summed("pcb", density=(0.2, 0.5), **{"lambda": (1.0, 1.5)})),
