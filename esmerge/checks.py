@@ -240,17 +240,17 @@ def check_probe(plan: "Plan") -> None:
 
 
 def _check_own_templates(probe: ProbeRecipe, names: Sequence[str]) -> None:
-    assert isinstance(probe.template, dict)
+    assert isinstance(probe.template, dict) and probe.samples is not None
     check_modalities(list(probe.template), names, "probe.template")
     for name in names:
         templates = probe.templates(name)
-        field, count = f"probe.template.{name}", probe.samples or 0
+        field = f"probe.template.{name}"
         if not templates:
             raise InputError(f"{field} is empty; give at least one template with {{{name}}} in it.")
-        if len(templates) > count:
+        if len(templates) > probe.samples:
             raise InputError(
-                f"{field} has {len(templates)} templates, but probe.samples is {count}: ask for as many samples at "
-                "least, or give fewer templates."
+                f"{field} has {len(templates)} templates, but probe.samples is {probe.samples}: ask for as many "
+                "samples at least, or give fewer templates."
             )
         for template in templates:
             check_template(template, [name], field, f"but {name} reads prompts of its own: leave only {{{name}}}")

@@ -145,10 +145,10 @@ def embedding_signals(
     if len(probes) not in ((1,) if settings.distances else (1, count)):
         raise ValueError("there must be one probe for all specialists or, without distances, one for each")
     # Of each specialist: its probe, and its modality's place there.
-    shared = [0 if len(probes) == 1 else i for i in range(count)]
-    owns = [probes[number].modalities.index(s.name) for number, s in zip(shared, specialists, strict=True)]
+    probe_of = [0 if len(probes) == 1 else i for i in range(count)]
+    owns = [probes[number].modalities.index(s.name) for number, s in zip(probe_of, specialists, strict=True)]
     directions = random_directions(settings.projections, backbone.hidden_size, settings.seed).to(backbone.device)
-    whole_ways, ways = _prepare(backbone, probes, shared, owns, settings, merges)
+    whole_ways, ways = _prepare(backbone, probes, probe_of, owns, settings, merges)
     batches = [own for own, _ in whole_ways]
     batches_of = [own for own, _ in ways]
     base_states = list(whole_ways[0][1]) if settings.distances else []
@@ -203,7 +203,7 @@ def embedding_signals(
                 for i, specialist in enumerate(specialists):
                     reading = _Reading(layer, touched, owns[i], [merge.positions])
                     with attached(layer, deltas[i]), reading, torch.no_grad():
-                        outputs = _read(layer, number, batches_of[i], own_states[shared[i]], reading)
+                        outputs = _read(layer, number, batches_of[i], own_states[probe_of[i]], reading)
                     if not _is_finite(outputs, batches_of[i], owns[i], [merge.positions]):
                         raise InputError(_blame(number, layer, backbone, specialist))
                     _enter_read(inputs, number, reading.spooled(scratch)[merge.positions])
@@ -217,7 +217,7 @@ def embedding_signals(
 def _prepare(
     backbone: Backbone,
     probes: Sequence[Probe],
-    shared: Sequence[int],
+    probe_of: Sequence[int],
     owns: Sequence[int],
     settings: SignalSettings,
     merges: Sequence[LayerMerge],
@@ -230,8 +230,8 @@ def _prepare(
     whole = settings.distances or read != {"own"} or backbone.length_matters
     whole_ways = [_on_device(own if whole or merges else [], backbone) for own in pairs]
     if whole:
-        return whole_ways, [whole_ways[number] for number in shared]
-    cut = [[_until_last(*pair, own) for pair in pairs[number]] for number, own in zip(shared, owns, strict=True)]
+        return whole_ways, [whole_ways[number] for number in probe_of]
+    cut = [[_until_last(*pair, own) for pair in pairs[number]] for number, own in zip(probe_of, owns, strict=True)]
     return whole_ways, [_on_device(own, backbone) for own in cut]
 
 

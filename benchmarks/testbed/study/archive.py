@@ -21,7 +21,7 @@ from esmerge.errors import InputError
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 from lightning_modules.evaluation_results import RESULTS_FOLDER
 
-ARCHIVES = Path(__file__).parent / "results"
+ARCHIVES = Path(__file__).parent / "archives"
 _KEPT = (CHOICE_FILE, DONE_FILE, MERGE_FILE, RECORD_FILE)
 
 
