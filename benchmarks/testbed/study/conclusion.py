@@ -5,7 +5,7 @@ from statistics import fmean
 from benchmarks.testbed.study.comparisons import Difference, Resampled, compare, compare_with_all
 from benchmarks.testbed.study.jobs import AS_PUBLISHED
 from benchmarks.testbed.study.results import Found, overall, preservation, specialists_of
-from benchmarks.testbed.study.rows import MATCHING
+from benchmarks.testbed.study.rows import MATCHING, REGMEAN_OWN_PROMPTS
 from benchmarks.testbed.study.scoring import DEVELOPED_ON
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import holm
@@ -24,12 +24,15 @@ def conclusion(found: Found, drawn: Resampled) -> str:
     rival = next(name for name in order if name != best and name not in MATCHING)
     differences = compare_with_all(found, drawn, best)
     adjusted = dict(zip(differences, holm([own.p for own in differences.values()]), strict=True))
+    told = {
+        name: f"{TITLES[name]}, {means[name]:.3f}: {_told(own)}, Holm-adjusted {adjusted[name]:.3f}."
+        for name, own in differences.items()
+    }
     seeds = len(found.scores[best])
     kept = _kept(found, best)
     lines = [
         f"**{TITLES[best]}** is the best merge on the mean of all tasks: {means[best]:.3f}, over {_trainings(seeds)}.",
-        f"The next best that is no embedding matching is {TITLES[rival]}, {means[rival]:.3f}: "
-        f"{_told(differences[rival])}, Holm-adjusted {adjusted[rival]:.3f}.",
+        f"The next best that is no embedding matching is {told[rival]}",
         f"On its own tasks it keeps {100 * kept:.1f} % of what the specialists score; the aim was 95 %. "
         f"{TITLES[rival]} keeps {100 * _kept(found, rival):.1f} %.",
         _published(found, drawn, means, order),
@@ -39,6 +42,9 @@ def conclusion(found: Found, drawn: Resampled) -> str:
     if strict:
         numbers = " and ".join(map(str, untouched))
         lines.insert(2, f"On the training on which nothing was developed or chosen ({numbers}) alone: {_told(strict)}.")
+    if rival == REGMEAN_OWN_PROMPTS:
+        other = next(name for name in order if name not in (best, rival, *MATCHING))
+        lines.insert(2, f"Of the others, which know no questions of the tasks, the best is {told[other]}")
     return "\n".join(f"- {line}" for line in lines)
 
 

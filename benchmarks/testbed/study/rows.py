@@ -85,6 +85,8 @@ AS_READ = "embedding_matching_as_read"
 # Of prompts like those that each specialist was trained on.
 OWN_PROMPTS = "embedding_matching_own_prompts"
 MATCHING = ("embedding_matching", AS_READ, OWN_PROMPTS)
+# Of whole prompts like those, as RegMean's authors have it.
+REGMEAN_OWN_PROMPTS = "regmean_own_prompts"
 
 ROWS: tuple[Row, ...] = (
     Row("uniform", "uniform average", _named([{"method": {"name": "linear"}, "coefficients": "uniform"}])),
@@ -133,6 +135,12 @@ ROWS: tuple[Row, ...] = (
         True,
     ),
     Row("regmean", "RegMean", _summed("regmean", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)})),
+    Row(
+        REGMEAN_OWN_PROMPTS,
+        "RegMean, own prompts",
+        _summed("regmean", shrink=(0.9, 0.98), **{"lambda": (1.0, 1.25)}),
+        own_prompts=True,
+    ),
     Row(
         "embedding_matching",
         "embedding matching",
@@ -203,7 +211,6 @@ VARIATIONS: tuple[Row, ...] = (
         "matching, own prompts: whose positions, terms, what layers read",
         {
             "own modality": _matching_own(tokens="own"),
-            "the whole prompt, as RegMean has it": _matching_own(tokens="all"),
             "own modality and what follows, equal terms": _matching_own(terms="equal"),
             "own modality and what follows, merged layers, as in RegMean++": _matching_own(activations="merged"),
         },

@@ -78,6 +78,15 @@ def test_the_best_merge_and_the_papers_are_told(found, drawn):
     assert "comes to 0.405, place 6 of 6 merges, below the uniform average (-0.100" in told[4]
 
 
+def test_a_rival_that_knows_the_questions_is_told_beside_one_that_does_not(found, drawn):
+    for values in (found.scores, drawn):
+        values["regmean_own_prompts"] = values["embedding_matching"]
+    told = conclusion(found, drawn).splitlines()
+    assert told[1].startswith("- The next best that is no embedding matching is RegMean, own prompts, 0.685: +0.020")
+    assert told[2].startswith("- Of the others, which know no questions of the tasks, the best is TSV-M, 0.605: +0.100")
+    assert told[3].startswith("- On the training on which nothing was developed or chosen (44) alone: +0.020")
+
+
 def test_too_few_results_say_nothing(found, drawn):
     del found.scores["published"]
     assert conclusion(found, drawn) == "There are too few results to say."
