@@ -8,13 +8,14 @@ from torch import Tensor
 
 from esmerge.coefficients import layer_coefficients
 from esmerge.deltas import Delta
+from esmerge.layer_inputs import Inputs
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
 from esmerge.methods import METHODS, Method
 from esmerge.methods.matching import Positions, Tokens
 from esmerge.names import inner_name
 from esmerge.plan import Plan
 from esmerge.recipe import SignalsRecipe
-from esmerge.signals import EmbeddingSignals, Inputs, LayerMerge
+from esmerge.signals import EmbeddingSignals, LayerMerge
 
 logger = logging.getLogger(__name__)
 

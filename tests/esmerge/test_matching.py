@@ -289,7 +289,7 @@ def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_pa
 def test_of_many_positions_some_are_read(llama, merge, probed, monkeypatch):
     """Evenly spread over those of all inputs."""
     content, read = probed(9, "embedding_matching")
-    monkeypatch.setattr("esmerge.signals.READ_POSITIONS", 6)
+    monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 6)
     merged = load_file(merge(content) / "adapter_model.safetensors")
     kept = [place for place in range(18) if (place + 1) * 6 // 18 != place * 6 // 18]
     assert len(kept) == 6 and {18 / 6} == {b - a for a, b in itertools.pairwise(kept)}
@@ -306,7 +306,7 @@ def test_terms_as_read_are_those_of_all_positions(llama, merge, probed, monkeypa
     tensors = load_file(llama / content["probe"]["tensors"])
     tensors["mask.molecule"][:, 3] = False
     save_file(tensors, llama / content["probe"]["tensors"])
-    monkeypatch.setattr("esmerge.signals.READ_POSITIONS", 9)
+    monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 9)
     merged = load_file(merge(content) / "adapter_model.safetensors")
     module = "model.layers.2.mlp.up_proj"
     b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")

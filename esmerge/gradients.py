@@ -1,0 +1,138 @@
+"""Gradient scores of a layer's parameters, taken while the gradient of a specialist's distance passes through it.
+
+Source: arXiv 2603.14405, section on element-wise coefficients.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from esmerge.attach import Observer, is_linear
+from esmerge.deltas import Delta, LoraDelta
+from esmerge.scores import Score, Scratch, dense_score, pair_score
+
+
+class Gradients:
+    """No gradients; the base of the two that take them.
+
+    Attributes:
+        wanted: whether there are parameters whose gradients are to be collected.
+    """
+
+    wanted = False
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        self.deltas = dict(deltas)
+        self.observers: dict[str, Observer] = {}
+        self.leaves: list[str] = []
+
+    def start(self, layer: nn.Module) -> None:
+        """Called once the deltas are attached to the layer."""
+
+    def collect(self, distance: Tensor) -> None:
+        """Called with each batch's distance."""
+
+    def scores(self, scratch: Scratch) -> dict[str, Score]:
+        """The scores over all batches, by tensor name inside the layer."""
+        return {}
+
+
+class FactorGradients(Gradients):
+    """Gradient scores of the LoRA factors A and B as they are stored, without their scaling."""
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__(deltas)
+        self.wanted = bool(deltas)
+        self.observers = dict.fromkeys(deltas, self._observe)
+        self._totals: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, delta in deltas.items():
+            assert isinstance(delta, LoraDelta)
+            self._totals[name] = torch.zeros_like(delta.a), torch.zeros_like(delta.b)
+
+    def _observe(self, name: str, x: Tensor, g: Tensor) -> None:
+        delta = self.deltas[name]
+        assert isinstance(delta, LoraDelta)
+        delta = delta.cast(x.dtype)
+        a, b = self._totals[name]
+        a += ((g @ delta.b * delta.scaling).T @ x).abs()
+        b += (g.T @ (x @ delta.a.T * delta.scaling)).abs()
+
+    def collect(self, distance: Tensor) -> None:
+        distance.backward()
+
+    def scores(self, scratch: Scratch) -> dict[str, Score]:
+        found: dict[str, Score] = {}
+        for name, pair in self._totals.items():
+            for letter, total in zip("ab", pair, strict=True):
+                found[f"{name.removesuffix('.weight')}.lora_{letter}.weight"] = dense_score(total)
+        return found
+
+
+class WeightGradients(Gradients):
+    """Gradient scores of all parameters that any specialist changes.
+
+    For linear layers from their inputs and the gradients of their outputs; whichever is smaller is kept, those or the
+    matrices they multiply to. For other parameters from autograd.
+    """
+
+    def __init__(self, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module) -> None:
+        super().__init__(deltas)
+        self.wanted = bool(touched)
+        linear = [name for name in touched if is_linear(layer, name)]
+        self.observers = dict.fromkeys(linear, self._observe)
+        self.leaves = [name for name in touched if name not in self.observers]
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linear}
+        self._totals = {name: torch.zeros_like(layer.get_parameter(name), dtype=torch.float32) for name in self.leaves}
+
+    def start(self, layer: nn.Module) -> None:
+        self._parameters = {name: layer.get_parameter(name) for name in self.leaves}
+
+    def _observe(self, name: str, x: Tensor, g: Tensor) -> None:
+        if name in self._totals:
+            self._totals[name] += (g.T @ x).abs_()
+            return
+        self._pairs[name].append((x, g))
+        pair_bytes = sum(x.nbytes + g.nbytes for x, g in self._pairs[name])
+        if pair_bytes >= x.shape[1] * g.shape[1] * torch.float32.itemsize:
+            self._totals[name] = torch.zeros(g.shape[1], x.shape[1], device=x.device)
+            for pair in self._pairs.pop(name):
+                self._observe(name, *pair)
+
+    def collect(self, distance: Tensor) -> None:
+        distance.backward()
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._totals[name] += parameter.grad.float().abs()
+                parameter.grad = None
+
+    def scores(self, scratch: Scratch) -> dict[str, Score]:
+        # One after the other, so that each tensor is gone when its score is made.
+        found: dict[str, Score] = {}
+        while self._totals:
+            name, total = self._totals.popitem()
+            found[name] = dense_score(total, scratch)
+        while self._pairs:
+            name, pairs = self._pairs.popitem()
+            found[name] = pair_score([x for x, _ in pairs], [g for _, g in pairs], scratch)
+        return found
+
+
+def make_gradients(
+    scores: Literal["factors", "weights"] | None, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module
+) -> Gradients:
+    """What takes the gradients that scores are made of.
+
+    Args:
+        scores: of what, if of anything.
+        deltas: of a specialist, by parameter name inside the layer.
+        touched: names of the parameters that any specialist changes.
+        layer: of the base.
+    """
+    if scores == "factors":
+        return FactorGradients(deltas)
+    if scores == "weights":
+        return WeightGradients(deltas, touched, layer)
+    return Gradients(deltas)

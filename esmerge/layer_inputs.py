@@ -1,0 +1,145 @@
+"""What linear layers read in each specialist, taken down at chosen positions while the probe passes."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esmerge.attach import is_linear
+from esmerge.errors import InputError
+from esmerge.methods.matching import Positions
+from esmerge.probe import Probe
+from esmerge.scores import Scratch, Spooled
+
+# By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
+Inputs = dict[str, list[Spooled]]
+# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read; each
+# of them stands for as many as there are. More hardly change what is fitted to them, and time, memory and scratch file
+# grow with them.
+READ_POSITIONS = 2048
+
+
+@dataclass(frozen=True)
+class ReadAt:
+    """Where what linear layers read is taken down.
+
+    Attributes:
+        mask: bool [M, B, T], for the specialist of each modality.
+        stands_for: by modality, for how many positions each of those stands.
+    """
+
+    mask: Tensor
+    stands_for: tuple[float, ...]
+
+    def of(self, rows: Tensor, own: int) -> Tensor:
+        """Rows [n, in] that were read, of a size that makes their products those of all that they stand for."""
+        weight = self.stands_for[own]
+        return rows if weight == 1 else rows.float() * weight**0.5
+
+
+def read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Positions, ReadAt]]:
+    """By batch, the positions at which to take down what linear layers read."""
+    attended = [batch.attention_mask.bool() for batch in probe.batches]
+    # Of each input, whatever stands in the same batch.
+    items = [batch.masks.any(dim=0) for batch in probe.batches]
+    before_end = [mask.flip(-1).cumsum(-1).flip(-1) > 0 for mask in items]
+    all_of_it = [mask & part for mask, part in zip(attended, before_end, strict=True)]
+    after = [mask & ~part for mask, part in zip(attended, before_end, strict=True)]
+    found: list[dict[Positions, ReadAt]] = [{} for _ in probe.batches]
+    modalities = range(len(probe.modalities))
+    owns = [[batch.masks[index] for batch in probe.batches] for index in modalities]
+    longer = [[mask | part for mask, part in zip(own, after, strict=True)] for own in owns]
+    places: dict[Positions, list[list[Tensor]]] = {
+        "own": owns,
+        "own_and_after": longer,
+        "all": [all_of_it for _ in modalities],
+        "whole": [attended for _ in modalities],
+    }
+    for positions in wanted:
+        thinned = [_thinned(masks) for masks in places[positions]]
+        weights = tuple(weight for _, weight in thinned)
+        for number, own in enumerate(found):
+            own[positions] = ReadAt(torch.stack([masks[number] for masks, _ in thinned]), weights)
+    return found
+
+
+def _thinned(masks: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """At most `READ_POSITIONS` of the positions in masks [B, T], evenly spread, and for how many each stands."""
+    flat = torch.cat([mask.flatten() for mask in masks])
+    total = int(flat.sum())
+    if total <= READ_POSITIONS:
+        return list(masks), 1.0
+    rank = flat.cumsum(0)
+    flat = flat & (rank * READ_POSITIONS // total != (rank - 1) * READ_POSITIONS // total)
+    parts = flat.split([mask.numel() for mask in masks])
+    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)], total / READ_POSITIONS
+
+
+class Reading:
+    """Takes down what linear layers read in a specialist, while it is entered.
+
+    Args:
+        layer: a decoder layer.
+        names: of its parameters; those that are no linear layer's weight are left out.
+        own: index of the specialist's modality.
+        positions: where.
+
+    Attributes:
+        at: those positions in the batch that goes through the layer.
+    """
+
+    at: Mapping[Positions, ReadAt]
+
+    def __init__(self, layer: nn.Module, names: Sequence[str], own: int, positions: Sequence[Positions]) -> None:
+        self._owners = {
+            name: layer.get_submodule(name.rpartition(".")[0]) for name in names if positions and is_linear(layer, name)
+        }
+        self._own, self._positions = own, positions
+        self._parts: dict[Positions, dict[str, list[Tensor]]] = {
+            where: {name: [] for name in self._owners} for where in positions
+        }
+        # Several layers read the same tensor: it is taken down once.
+        self._latest: tuple[Tensor, dict[Positions, Tensor]] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Reading":
+        for name, owner in self._owners.items():
+            self._handles.append(owner.register_forward_pre_hook(partial(self._note, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._latest = None
+
+    def _note(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach()
+        if self._latest is None or self._latest[0].data_ptr() != x.data_ptr() or self._latest[0].shape != x.shape:
+            masks = {where: self.at[where].mask[self._own].flatten() for where in self._positions}
+            count = len(next(iter(masks.values())))
+            rows = x.flatten(0, -2)  # some layers read the positions of all inputs in one go
+            if len(rows) != count:
+                raise InputError(
+                    f"{name} reads {len(rows)} of {count} positions, as experts do: methods that match "
+                    "inputs cannot merge it; use another method."
+                )
+            self._latest = x, {where: rows[mask] for where, mask in masks.items()}
+        for where, part in self._latest[1].items():
+            self._parts[where][name].append(part)
+
+    def spooled(self, scratch: Scratch) -> dict[Positions, dict[str, Spooled]]:
+        """What was read, [n, in] over all batches, by positions and name."""
+        found: dict[Positions, dict[str, Spooled]] = {}
+        known: dict[tuple[int, ...], Spooled] = {}
+        for where, parts in self._parts.items():
+            for name, own in parts.items():
+                if not own:
+                    continue  # never called: its weight is used in another way
+                key = tuple(map(id, own))
+                if key not in known:
+                    known[key] = scratch.put(self.at[where].of(torch.cat(own), self._own))
+                found.setdefault(where, {})[name] = known[key]
+        return found
