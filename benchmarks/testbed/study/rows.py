@@ -54,7 +54,7 @@ def _named(variants: list[Variant]) -> dict[str, Variant]:
         shown = [
             f"{k}_{v}"
             for k, v in fields.items()
-            if k not in ("name", "terms", "tokens", "from", "granularity", *MODALITIES)
+            if k not in ("name", "terms", "tokens", "activations", "from", "granularity", *MODALITIES)
         ]
         named["-".join(shown) or "only"] = variant
     return named
@@ -84,7 +84,9 @@ PUBLISHED_VARIANT = "temperature_0.5-tau_0.1"
 AS_READ = "embedding_matching_as_read"
 # Of prompts like those that each specialist was trained on.
 OWN_PROMPTS = "embedding_matching_own_prompts"
-MATCHING = ("embedding_matching", AS_READ, OWN_PROMPTS)
+# Where layers read what merged layers hand on.
+MERGED_LAYERS = "embedding_matching_merged_layers"
+MATCHING = ("embedding_matching", AS_READ, MERGED_LAYERS, OWN_PROMPTS)
 # Of whole prompts like those, as RegMean's authors have it.
 REGMEAN_OWN_PROMPTS = "regmean_own_prompts"
 
@@ -151,6 +153,18 @@ ROWS: tuple[Row, ...] = (
         AS_READ,
         "embedding matching, as read",
         _summed("embedding_matching", terms=("as_read",), shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
+        True,
+    ),
+    Row(
+        MERGED_LAYERS,
+        "embedding matching, merged layers",
+        _summed(
+            "embedding_matching",
+            terms=("as_read",),
+            activations=("merged",),
+            shrink=(0.5, 0.9),
+            **{"lambda": (1.0, 1.25)},
+        ),
         True,
     ),
     Row(
