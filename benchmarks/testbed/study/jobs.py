@@ -22,6 +22,7 @@ from benchmarks.testbed.study.rows import (
 from benchmarks.testbed.study.scoring import (
     CHOICE_FILE,
     CHOOSING_SEED,
+    DEVELOPED_ON,
     MERGE_FILE,
     choose,
     chosen_variant,
@@ -89,8 +90,8 @@ def unfinished(jobs: dict[str, Job]) -> dict[str, Job]:
 def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     """All jobs by name, in the order in which they are best done: what one seed tells comes before the next seed."""
     jobs: list[Job] = []
-    # That of which settings are chosen comes first.
-    for seed in sorted(SEEDS, key=lambda own: own != CHOOSING_SEED):
+    # That of which settings are chosen comes first, then what nothing was developed on.
+    for seed in sorted(SEEDS, key=lambda own: (own != CHOOSING_SEED, own in DEVELOPED_ON)):
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
     for seed in SEEDS:

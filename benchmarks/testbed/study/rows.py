@@ -238,6 +238,14 @@ VARIATIONS: tuple[Row, ...] = (
         True,
     ),
     Row(
+        "regmean_activations",
+        "RegMean: what layers read comes from",
+        {
+            "specialist": _matching(name="regmean"),
+            "merged layers, as in RegMean++": _matching(name="regmean", activations="merged"),
+        },
+    ),
+    Row(
         "matching_shrink",
         "matching: shrinking of off-diagonals",
         {f"{shrink}": _matching(shrink=shrink) for shrink in (0.0, 0.5, 0.9, 0.98)},
