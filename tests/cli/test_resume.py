@@ -230,7 +230,7 @@ def undisturbed_signals(project, with_signals, esmerge_program):
     return files_of(project / "undisturbed-signals")
 
 
-@pytest.mark.parametrize("point", ["esmerge.signals.dense_score", "esmerge.writing.CheckpointWriter", None])
+@pytest.mark.parametrize("point", ["esmerge.gradients.dense_score", "esmerge.writing.CheckpointWriter", None])
 def test_of_embedding_signals(tmp_path, with_signals, undisturbed_signals, esmerge_program, point):
     """Killed while they are measured and spooled, or while tensors are merged by them."""
     output = tmp_path / "merged"
