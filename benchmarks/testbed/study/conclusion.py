@@ -24,27 +24,28 @@ def conclusion(found: Found, drawn: Resampled) -> str:
     rival = next(name for name in order if name != best and name not in MATCHING)
     differences = compare_with_all(found, drawn, best)
     adjusted = dict(zip(differences, holm([own.p for own in differences.values()]), strict=True))
-    told = {
-        name: f"{TITLES[name]}, {means[name]:.3f}: {_told(own)}, Holm-adjusted {adjusted[name]:.3f}."
-        for name, own in differences.items()
-    }
+
+    def ahead_of(name: str) -> str:
+        return f"{TITLES[name]}, {means[name]:.3f}: {_told(differences[name])}, Holm-adjusted {adjusted[name]:.3f}."
+
     seeds = len(found.scores[best])
-    kept = _kept(found, best)
     lines = [
         f"**{TITLES[best]}** is the best merge on the mean of all tasks: {means[best]:.3f}, over {_trainings(seeds)}.",
-        f"The next best that is no embedding matching is {told[rival]}",
-        f"On its own tasks it keeps {100 * kept:.1f} % of what the specialists score; the aim was 95 %. "
-        f"{TITLES[rival]} keeps {100 * _kept(found, rival):.1f} %.",
-        _published(found, drawn, means, order),
+        f"The next best that is no embedding matching is {ahead_of(rival)}",
     ]
+    if rival == REGMEAN_OWN_PROMPTS:
+        other = next(name for name in order if name not in (best, rival, *MATCHING))
+        lines.append(f"Of the others, which know no questions of the tasks, the best is {ahead_of(other)}")
     untouched = [seed for seed in SEEDS if seed not in DEVELOPED_ON]
     strict = compare(found, drawn, best, rival, untouched)
     if strict:
         numbers = " and ".join(map(str, untouched))
-        lines.insert(2, f"On the training on which nothing was developed or chosen ({numbers}) alone: {_told(strict)}.")
-    if rival == REGMEAN_OWN_PROMPTS:
-        other = next(name for name in order if name not in (best, rival, *MATCHING))
-        lines.insert(2, f"Of the others, which know no questions of the tasks, the best is {told[other]}")
+        lines.append(f"On the training on which nothing was developed or chosen ({numbers}) alone: {_told(strict)}.")
+    lines += [
+        f"On its own tasks it keeps {100 * _kept(found, best):.1f} % of what the specialists score; the aim was 95 %. "
+        f"{TITLES[rival]} keeps {100 * _kept(found, rival):.1f} %.",
+        _published(found, drawn, means, order),
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -89,6 +89,16 @@ def test_a_rival_that_knows_the_questions_is_told_beside_one_that_does_not(found
     assert told[3].startswith("- On the training on which nothing was developed or chosen (44) alone: +0.020")
 
 
+def test_what_was_trained_further_is_compared_but_is_no_merge(found, drawn):
+    for values in (found.scores, drawn):
+        values["tuned"] = values["embedding_matching_as_read"]
+    told = conclusion(found, drawn).splitlines()
+    assert told[0].startswith("- **embedding matching, as read** is the best merge")
+    # It is one of seven rows that are compared with the best.
+    assert told[1].startswith("- The next best that is no embedding matching is TSV-M, 0.605: +0.100")
+    assert told[1].endswith("Holm-adjusted 0.028.")
+
+
 def test_too_few_results_say_nothing(found, drawn):
     del found.scores["published"]
     assert conclusion(found, drawn) == "There are too few results to say."
