@@ -46,17 +46,15 @@ def _each(number: float) -> dict[str, float]:
 
 
 def _named(variants: list[Variant]) -> dict[str, Variant]:
-    """Variants by what tells them apart."""
+    """Variants by what tells them apart, beside the method's name."""
+    fields = [
+        {**variant["method"], **(variant["coefficients"] if isinstance(variant["coefficients"], dict) else {})}
+        for variant in variants
+    ]
     named = {}
-    for variant in variants:
-        fields = {**variant["method"], **variant["coefficients"]} if isinstance(variant["coefficients"], dict) else {}
-        fields = {**variant["method"], **fields}
-        shown = [
-            f"{k}_{v}"
-            for k, v in fields.items()
-            if k not in ("name", "terms", "tokens", "activations", "from", "granularity", *MODALITIES)
-        ]
-        named["-".join(shown) or "only"] = variant
+    for variant, own in zip(variants, fields, strict=True):
+        telling = [k for k, v in own.items() if k != "name" and any(other.get(k) != v for other in fields)]
+        named["-".join(f"{k}_{own[k]}" for k in telling) or "only"] = variant
     return named
 
 
@@ -201,7 +199,8 @@ def _matching_own(**parameters: Any) -> Variant:
     return _matching(**{"tokens": "own_and_after", "terms": "as_read", "lambda": 1.0, **parameters})
 
 
-# What else embedding signals could do, on validation data alone: nothing of it has a row.
+# What else embedding signals could do, on validation data alone. One of these settings was good enough for a row of its
+# own: `MERGED_LAYERS`.
 VARIATIONS: tuple[Row, ...] = (
     Row(
         "matching_positions",
