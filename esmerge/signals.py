@@ -167,6 +167,7 @@ class _Visit:
     Attributes:
         number, layer: of the base.
         deltas: of each specialist, by parameter name inside the layer.
+        touched: names of the parameters that any specialist changes.
         norm: what hidden states go through before distances are taken; after the last layer the final norm.
         last: whether it is that one.
     """
@@ -174,13 +175,9 @@ class _Visit:
     number: int
     layer: nn.Module
     deltas: list[dict[str, Delta]]
+    touched: list[str]
     norm: nn.Module
     last: bool
-
-    @property
-    def touched(self) -> list[str]:
-        """Names of the parameters that any specialist changes."""
-        return sorted(set().union(*self.deltas))
 
 
 class _Pass:
@@ -235,7 +232,8 @@ class _Pass:
                 targets = [norm(state) for state in self._base_states]
             pooled.append(_pool(self._base_states, self._batches[0]))
             bar.update()
-        here = _Visit(number, layer, [specialist.layer_deltas(number) for specialist in self._specialists], norm, last)
+        deltas = [specialist.layer_deltas(number) for specialist in self._specialists]
+        here = _Visit(number, layer, deltas, sorted(set().union(*deltas)), norm, last)
         for i in self._alone:
             self._advance(here, i, targets)
             if self._settings.distances:
