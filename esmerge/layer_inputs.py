@@ -1,5 +1,6 @@
 """What linear layers read in each specialist, taken down at chosen positions while the probe passes."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,8 @@ from esmerge.scores import Scratch, Spooled
 
 # By canonical name of a linear layer's weight, what it reads in each specialist, [n, in].
 Inputs = dict[str, list[Spooled]]
-# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read; each
-# of them stands for as many as there are. More hardly change what is fitted to them, and time, memory and scratch file
-# grow with them.
+# Of so many positions of all probe inputs together, evenly spread, is kept what a specialist's linear layers read; they
+# stand for the others. More hardly change what is fitted to them, and time, memory and scratch file grow with them.
 READ_POSITIONS = 2048
 
 
@@ -28,16 +28,17 @@ class ReadAt:
 
     Attributes:
         mask: bool [M, B, T], for the specialist of each modality.
-        stands_for: by modality, for how many positions each of those stands.
+        stands_for: by modality, for how many positions each of those of all batches stands, float64 [n]; None where
+            each is read.
     """
 
     mask: Tensor
-    stands_for: tuple[float, ...]
+    stands_for: tuple[Tensor | None, ...]
 
     def of(self, rows: Tensor, own: int) -> Tensor:
-        """Rows [n, in] that were read, of a size that makes their products those of all that they stand for."""
-        weight = self.stands_for[own]
-        return rows if weight == 1 else rows.float() * weight**0.5
+        """Rows [n, in] of all batches, of a size that makes their products those of all that they stand for."""
+        number = self.stands_for[own]
+        return rows if number is None else rows.float() * number.sqrt().to(rows.device, torch.float32)[:, None]
 
 
 def read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Positions, ReadAt]]:
@@ -51,31 +52,58 @@ def read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Pos
     found: list[dict[Positions, ReadAt]] = [{} for _ in probe.batches]
     modalities = range(len(probe.modalities))
     owns = [[batch.masks[index] for batch in probe.batches] for index in modalities]
-    longer = [[mask | part for mask, part in zip(own, after, strict=True)] for own in owns]
-    places: dict[Positions, list[list[Tensor]]] = {
-        "own": owns,
-        "own_and_after": longer,
-        "all": [all_of_it for _ in modalities],
-        "whole": [attended for _ in modalities],
+    # Item and what follows it are thinned each by itself: the few positions where an answer begins tell other things.
+    places: dict[Positions, list[list[list[Tensor]]]] = {
+        "own": [[own] for own in owns],
+        "own_and_after": [[own, after] for own in owns],
+        "all": [[all_of_it] for _ in modalities],
+        "whole": [[attended] for _ in modalities],
     }
     for positions in wanted:
-        thinned = [_thinned(masks) for masks in places[positions]]
-        weights = tuple(weight for _, weight in thinned)
+        thinned = [_thinned(parts) for parts in places[positions]]
+        stands_for = tuple(weight for _, weight in thinned)
         for number, own in enumerate(found):
-            own[positions] = ReadAt(torch.stack([masks[number] for masks, _ in thinned]), weights)
+            own[positions] = ReadAt(torch.stack([masks[number] for masks, _ in thinned]), stands_for)
     return found
 
 
-def _thinned(masks: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-    """At most `READ_POSITIONS` of the positions in masks [B, T], evenly spread, and for how many each stands."""
-    flat = torch.cat([mask.flatten() for mask in masks])
-    total = int(flat.sum())
-    if total <= READ_POSITIONS:
-        return list(masks), 1.0
-    rank = flat.cumsum(0)
-    flat = flat & (rank * READ_POSITIONS // total != (rank - 1) * READ_POSITIONS // total)
-    parts = flat.split([mask.numel() for mask in masks])
-    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)], total / READ_POSITIONS
+def _thinned(parts: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor | None]:
+    """At most `READ_POSITIONS` of positions, and for how many each of them stands, float64 [n]; None for all of them.
+
+    Args:
+        parts: of the positions; by part and batch, a mask [B, T].
+    """
+    shapes = [mask.shape for mask in parts[0]]
+    flat = [torch.cat([mask.flatten() for mask in masks]) for masks in parts]
+    totals = [int(mask.sum()) for mask in flat]
+    stands_for = torch.zeros(flat[0].shape, dtype=torch.float64, device=flat[0].device)
+    for masks, own, total, room in zip(parts, flat, totals, _rooms(totals), strict=True):
+        if total > room:
+            room = _out_of_step(room, masks)
+            rank = own.cumsum(0)
+            own = own & (rank * room // total != (rank - 1) * room // total)
+        stands_for[own] = total / max(1, room)
+    kept = stands_for > 0
+    split = kept.split([math.prod(shape) for shape in shapes])
+    masks = [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
+    return masks, stands_for[kept] if sum(totals) > READ_POSITIONS else None
+
+
+def _rooms(totals: Sequence[int]) -> list[int]:
+    """How many of each part's positions are read: an equal share at least, and what others leave."""
+    share = READ_POSITIONS // len(totals)
+    spare = sum(max(0, share - total) for total in totals)
+    return [min(total, share + spare) for total in totals]
+
+
+def _out_of_step(room: int, masks: Sequence[Tensor]) -> int:
+    """So many positions, or a few less, that inputs of one length are not all read at the same places."""
+    lengths = torch.cat([mask.sum(dim=-1) for mask in masks])
+    lengths = lengths[lengths > 0]
+    if len(lengths.unique()) == 1:
+        while math.gcd(room, len(lengths)) > 1:
+            room -= 1
+    return room
 
 
 class Reading:

@@ -19,6 +19,8 @@ from esmerge.scores import Score, Spooled, row_blocks
 
 # Deltas of a tensor up to this size are kept between the passes over it; those of a larger one are made again.
 _KEPT_BYTES = 64 << 20
+# To match a block takes all inputs of the layer, whatever its height: few tall ones.
+_MATCHED_ELEMENTS = 1 << 22
 
 Rows = Callable[[int, int], Tensor]
 
@@ -181,7 +183,7 @@ class TensorStream:
         self._checkpoint, self._stored = checkpoint, stored
         self.count = math.prod(shape)
         self._keep = len(deltas) * self.count * 4 <= _KEPT_BYTES
-        self._kept: dict[int, list[Tensor]] = {}
+        self._kept: dict[tuple[int, int], list[Tensor]] = {}
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -234,13 +236,13 @@ class TensorStream:
         """As `block`, for methods that make several passes: made once where the tensor is small enough."""
         if not self._keep:
             return self.block(start, stop)
-        if start not in self._kept:
-            self._kept[start] = self.block(start, stop)
-        return self._kept[start]
+        if (start, stop) not in self._kept:
+            self._kept[start, stop] = self.block(start, stop)
+        return self._kept[start, stop]
 
-    def keeps(self, start: int) -> bool:
-        """Whether an earlier pass left the block from row `start` on."""
-        return start in self._kept
+    def keeps(self, start: int, stop: int) -> bool:
+        """Whether an earlier pass left that block."""
+        return (start, stop) in self._kept
 
     def one(self, index: int, start: int, stop: int) -> Tensor:
         """Rows of one specialist's delta, for a pass that needs no other."""
@@ -273,7 +275,7 @@ def merged_blocks(
             yield start, stop, b[start:stop] @ a, None
         return
     if (matcher := merger.matcher(name, layer, stream.device)) is not None:
-        for start, stop in stream.spans:
+        for start, stop in row_blocks(stream.shape, _MATCHED_ELEMENTS):
             base = stream.base(start, stop)
             block = stream.kept_block(start, stop) if stream.several else stream.block(start, stop, base)
             _check_finite(block)
@@ -300,7 +302,7 @@ def merged_blocks(
     else:
         sparsifiers = [_sparsifier(merger, name, stream, index) for index in range(len(stream.deltas))]
         for start, stop in stream.spans:
-            kept = stream.several or stream.keeps(start)
+            kept = stream.several or stream.keeps(start, stop)
             base = None if kept else stream.base(start, stop)
             block = stream.kept_block(start, stop) if kept else stream.block(start, stop, base)
             if not method.random:  # a random mask is multiplied by, which keeps NaN

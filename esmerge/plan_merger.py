@@ -119,7 +119,7 @@ def _warn_of_averaged(plan: Plan, inputs: Inputs) -> None:
     """Warn of matrices that a method that matches inputs can only average."""
     if not plan.recipe.method.matches:
         return
-    matrices = [target.name for target in plan.merged if target.layer is not None and len(target.shape) == 2]
+    matrices = [target.name for target in plan.merged if target.layer is not None and len(target.shape) > 1]
     averaged = [name for name in matrices if name not in inputs]
     if averaged:
         logger.warning(

@@ -16,10 +16,10 @@ from esmerge.rawio import read_into, write_from
 BLOCK_ELEMENTS = 1 << 18
 
 
-def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cut a tensor of `shape` into blocks of about `BLOCK_ELEMENTS`; a scalar is one row."""
+def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cut a tensor of `shape` into blocks of about so many elements; a scalar is one row."""
     rows = shape[0] if shape else 1
-    height = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    height = max(1, elements // max(1, math.prod(shape[1:])))
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 

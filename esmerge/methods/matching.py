@@ -171,9 +171,9 @@ def embedding_matching(
 
     The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
     specialist i for the probe, at the positions of i's own modality, and in prompts of its own at those of what follows
-    (where there are more than 2,048, at so many of them, evenly spread, which stand for the others). It is RegMean
-    (Jin et al. 2023, arXiv 2212.09849, eq. 2) with modality masks, and with terms of equal size unless they are wanted
-    as they are.
+    (where there are more than 2,048, at so many of them, evenly spread, which stand for the others; a half of these at
+    least are of what follows, if that is long enough). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with
+    modality masks, and with terms of equal size unless they are wanted as they are.
 
     Args:
         weights: one number per specialist.

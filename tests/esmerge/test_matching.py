@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from esmerge.backbone import Backbone
 from esmerge.errors import InputError
+from esmerge.layer_inputs import READ_POSITIONS, read_positions
 from esmerge.methods import embedding_matching, regmean
+from esmerge.probe import Probe, ProbeBatch
 
 NAMES = ("molecule", "protein", "cell")
 LENGTH = 12
@@ -287,12 +289,16 @@ def test_layers_can_read_what_merged_layers_hand_on(llama, merge, probed, tmp_pa
 
 
 def test_of_many_positions_some_are_read(llama, merge, probed, monkeypatch):
-    """Evenly spread over those of all inputs."""
+    """Evenly spread over those of all inputs, if these differ in length."""
     content, read = probed(9, "embedding_matching")
+    tensors = load_file(llama / content["probe"]["tensors"])
+    for place, name in enumerate(NAMES):
+        tensors[f"mask.{name}"][0, 2 + 3 * place] = False
+    save_file(tensors, llama / content["probe"]["tensors"])
     monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 6)
     merged = load_file(merge(content) / "adapter_model.safetensors")
-    kept = [place for place in range(18) if (place + 1) * 6 // 18 != place * 6 // 18]
-    assert len(kept) == 6 and {18 / 6} == {b - a for a, b in itertools.pairwise(kept)}
+    kept = [place + 1 for place in range(17) if (place + 1) * 6 // 17 != place * 6 // 17]
+    assert len(kept) == 6 and {2, 3} == {b - a for a, b in itertools.pairwise(kept)}
     few = {name: {module: x[kept] for module, x in own.items()} for name, own in read.items()}
     module = "model.layers.2.mlp.up_proj"
     b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")
@@ -305,18 +311,70 @@ def test_terms_as_read_are_those_of_all_positions(llama, merge, probed, monkeypa
     content, read = probed(9, {"name": "embedding_matching", "terms": "as_read"})
     tensors = load_file(llama / content["probe"]["tensors"])
     tensors["mask.molecule"][:, 3] = False
+    for name in ("protein", "cell"):
+        tensors[f"mask.{name}"][0, 2 + 3 * NAMES.index(name)] = False
     save_file(tensors, llama / content["probe"]["tensors"])
     monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 9)
     merged = load_file(merge(content) / "adapter_model.safetensors")
     module = "model.layers.2.mlp.up_proj"
     b, a = (merged[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "BA")
-    # One of two positions of protein and cell, the last one; the only one of molecule.
-    inputs = [read["molecule"][module][::2], read["protein"][module][1::2], read["cell"][module][1::2]]
+    kept = [place + 1 for place in range(17) if (place + 1) * 9 // 17 != place * 9 // 17]
+    assert len(kept) == 9
+    # About one of two positions of protein and cell; the only one of molecule.
+    inputs = [read["molecule"][module][::2], read["protein"][module][kept], read["cell"][module][kept]]
     adapters = {name: load_file(llama / name / "adapter_model.safetensors") for name in NAMES}
     factors = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "BA"]
     deltas = [2 * adapters[name][factors[0]] @ adapters[name][factors[1]] for name in NAMES]
-    expected = normal_equations(deltas, [1, 2, 2], inputs, 0.9, trace=False)
+    expected = normal_equations(deltas, [1, 17 / 9, 17 / 9], inputs, 0.9, trace=False)
     torch.testing.assert_close((b @ a).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def probe_of(items, tails, batch_size=4):
+    """A probe of one modality whose inputs have so many positions of an item and after it."""
+    batches = []
+    for start in range(0, len(items), batch_size):
+        pairs = list(zip(items, tails, strict=True))[start : start + batch_size]
+        length = 3 + max(map(sum, pairs))
+        attention, mask = torch.zeros(len(pairs), length, dtype=torch.int64), torch.zeros(1, len(pairs), length)
+        for row, (item, tail) in enumerate(pairs):
+            attention[row, length - tail - item - 3 :] = 1
+            mask[0, row, length - tail - item : length - tail] = 1
+        batches.append(ProbeBatch(torch.zeros(len(pairs), length, 1), attention, mask.bool()))
+    return Probe(("molecule",), batches)
+
+
+@pytest.mark.parametrize(
+    ("item", "tail", "item_read", "tail_read"),
+    [(40, 10, 100, 100), (15, 10, 100, 100), (40, 4, 160, 40), (4, 40, 40, 160), (8, 10, 80, 100)],
+)
+def test_an_item_leaves_room_for_where_the_answer_begins(monkeypatch, item, tail, item_read, tail_read):
+    """Each is thinned by itself, gets half the room at least, and counts for as much as it is long."""
+    monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 200)
+    # Of unlike lengths, so that no position is left out to get out of step.
+    items, tails = [item - 1, item + 1, *[item] * 8], [tail - 1, tail + 1, *[tail] * 8]
+    probe = probe_of(items, tails)
+    parts = [own["own_and_after"] for own in read_positions(probe, ["own_and_after"])]
+    read = torch.cat([at.mask[0].flatten() for at in parts])
+    own = torch.cat([batch.masks[0].flatten() for batch in probe.batches])
+    attended = torch.cat([batch.attention_mask.flatten() for batch in probe.batches]).bool()
+    assert bool((read <= attended).all())
+    assert (int((read & own).sum()), int((read & ~own).sum())) == (item_read, tail_read)
+    [stands_for] = parts[0].stands_for
+    if 10 * (item + tail) <= 200:
+        assert stands_for is None
+        return
+    assert float(stands_for[own[read]].sum()) == pytest.approx(10 * item)
+    assert float(stands_for[~own[read]].sum()) == pytest.approx(10 * tail)
+
+
+@pytest.mark.parametrize("count", [16, 24, 32])
+def test_items_of_one_length_are_read_at_all_their_places(count):
+    """Soft tokens have one length, and every how-maniest of all positions would be the same ones of each item."""
+    probe = probe_of([576] * count, [0] * count)
+    masks = [own["own"].mask[0, :, 3:] for own in read_positions(probe, ["own"])]
+    read = torch.cat(masks)
+    assert READ_POSITIONS - count < int(read.sum()) <= READ_POSITIONS
+    assert bool(read.any(dim=0).all())
 
 
 @pytest.mark.parametrize(
