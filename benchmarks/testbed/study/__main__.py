@@ -7,7 +7,6 @@ Hours of work on a few cores. What is done stays in the testbed's cache, so an i
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.testbed.base_model import base_model_folder
 from benchmarks.testbed.study.jobs import Job, all_jobs, unfinished
+from benchmarks.testbed.study.merges import remove_abandoned
 from benchmarks.testbed.study.page import FIGURES, README, page
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.tasks import write_tasks
@@ -84,7 +84,7 @@ def main() -> None:
         jobs[options.job].run()
         return
     write_tasks(places.tasks())
-    shutil.rmtree(places.scratch(), ignore_errors=True)  # of jobs that were killed
+    remove_abandoned(places)
     failed = run_all(_with_needs(jobs, options.only), partial(_run_alone, places=places), options.workers)
     if failed is not None:
         raise InputError(f"the job {failed} failed: see {places.log(failed)}, then run the study again.")

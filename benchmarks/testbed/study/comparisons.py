@@ -1,5 +1,6 @@
 """Rows against each other, over the tasks and the trainings that both have."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,9 +11,9 @@ from torch import Tensor
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.results import Found
-from benchmarks.testbed.study.statistics import bootstrap_p_value, sign_flip_p_value
+from benchmarks.testbed.study.statistics import bootstrap_p_value, half_width, sign_flip_p_value
 from benchmarks.testbed.study.table_rows import MERGES, TRAINED
-from benchmarks.testbed.study.tasks import TASKS
+from benchmarks.testbed.study.tasks import SHUFFLED, TASKS
 from lightning_modules.metrics import interval
 
 # Of rows that are compared: training -> scores [tasks, resamples].
@@ -26,6 +27,7 @@ class Difference:
 
     Attributes:
         low, high: 95 % interval over resamples of test samples and trainings.
+        by_training: training -> the mean difference over tasks.
         better: in how many pairs of task and training it is higher.
         count: how many pairs there are.
         p: from the same resamples.
@@ -35,6 +37,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    by_training: dict[int, float]
     better: int
     count: int
     p: float
@@ -42,6 +45,13 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+    @property
+    def trainings(self) -> str:
+        """What each training tells, and what they tell by themselves: their interval by Student's t."""
+        told = ", ".join(f"{seed}: {own:+.3f}" for seed, own in self.by_training.items())
+        width = half_width(list(self.by_training.values()))
+        return told if math.isnan(width) else f"{told}; ± {width:.3f}"
 
 
 def resampled(places: Places, found: Found) -> Resampled:
@@ -65,11 +75,21 @@ def compare(found: Found, drawn: Resampled, ours: str, theirs: str, seeds: Seque
     return Difference(
         fmean(differences),
         *interval(resamples),
+        by_training={seed: fmean(own[place] for own in by_task) for place, seed in enumerate(common)},
         better=sum(difference > 0 for difference in differences),
         count=len(differences),
         p=bootstrap_p_value(resamples),
         p_over_tasks=sign_flip_p_value([fmean(own) for own in by_task]),
     )
+
+
+def interval_of_control(places: Places, name: str, task: str, seeds: Sequence[int]) -> tuple[float, float]:
+    """Of how much higher a row scores on a task than with shuffled partners, the 95 % interval."""
+    folders = [places.test(seed, name) for seed in seeds]
+    both = [
+        torch.stack([resampled_scores(folder, [asked]) for folder in folders]) for asked in (task, f"{task}_{SHUFFLED}")
+    ]
+    return interval(resampled_differences(*both))
 
 
 def compare_with_all(found: Found, drawn: Resampled, ours: str) -> dict[str, Difference]:

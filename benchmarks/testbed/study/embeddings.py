@@ -1,5 +1,7 @@
 """How near a merged model's embeddings of the probe are to each specialist's own: what can be known without labels."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from esmerge.mllm.loading import load_model
 from esmerge.plan import make_plan
 from esmerge.probe import Probe
 from esmerge.probing import make_probes
+from esmerge.records import pinned_inputs
 from esmerge.results import write_tensors
 
 # By modality, at the positions of its items: [n, H] float32.
@@ -51,7 +54,9 @@ class GapMeter:
         recipe = recipe_of(places, base, seed, own, setting, EXACT, PROBE_SAMPLES, first=PROBE_SAMPLES)
         plan = make_plan(recipe)
         [self._probe] = make_probes(plan, Backbone(base, torch.float32, "cpu", plan.checkpoint))
-        file = places.embeddings(seed)
+        # Of other specialists, or another probe, they would be others.
+        digest = hashlib.blake2b(json.dumps(pinned_inputs(plan), sort_keys=True).encode(), digest_size=8).hexdigest()
+        file = places.embeddings(seed, digest)
         if not file.exists():
             kept = {f"base.{name}": states for name, states in last_states(base, base, self._probe).items()}
             for name in MODALITIES:

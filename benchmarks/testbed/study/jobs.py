@@ -11,9 +11,10 @@ from benchmarks.testbed.study.merges import merged
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import (
     MATCHING,
-    OWN_PROMPTS,
+    MERGED_LAYERS,
     PUBLISHED,
     PUBLISHED_VARIANT,
+    REGMEAN_OWN_PROMPTS,
     ROWS,
     VARIATIONS,
     Row,
@@ -49,10 +50,10 @@ from lightning_modules.running import Devices
 DONE_FILE = "done"
 BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 # Whether a row composes what it knows about both partners is asked of these.
-_CONTROLLED = ("uniform", "es_both_factors", *MATCHING)
+_CONTROLLED = ("uniform", "tsv", "es_both_factors", REGMEAN_OWN_PROMPTS, *MATCHING)
 
 PROBE_SIZES = (8, 32, 100, 330)
-MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, OWN_PROMPTS: "shrink_0.9-lambda_1.0"}
+MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, MERGED_LAYERS: "shrink_0.9-lambda_1.25"}
 
 
 @dataclass(frozen=True)

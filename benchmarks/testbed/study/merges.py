@@ -99,6 +99,17 @@ def merged(
         yield folder, time.perf_counter() - started
 
 
+def remove_abandoned(places: Places) -> None:
+    """Remove what killed processes left."""
+    for folder in places.scratch().glob("[0-9]*"):
+        try:
+            os.kill(int(folder.name), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder)
+        except PermissionError:
+            continue  # of someone else, so it is running
+
+
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """A folder of this process that does not exist, and does not exist afterwards either."""

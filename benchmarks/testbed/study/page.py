@@ -13,19 +13,44 @@ from statistics import fmean
 from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
-from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, resampled
+from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, interval_of_control, resampled
 from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZES
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.provenance import check_specialists, data_table, trainings_table, versions_sentence
-from benchmarks.testbed.study.results import Found, Scores, cross, gather, overall, preservation, specialists_of
-from benchmarks.testbed.study.rows import MATCHING, PUBLISHED, ROWS, VARIATIONS, Row
+from benchmarks.testbed.study.provenance import (
+    check_settings,
+    check_specialists,
+    data_table,
+    trainings_table,
+    versions_sentence,
+)
+from benchmarks.testbed.study.results import (
+    Found,
+    Scores,
+    best_on_validation,
+    cross,
+    gather,
+    over_shared_trainings,
+    overall,
+    preservation,
+    specialists_of,
+)
+from benchmarks.testbed.study.rows import (
+    FROM_SIGNALS,
+    MATCHING,
+    PUBLISHED,
+    REGMEAN_OWN_PROMPTS,
+    ROWS,
+    VARIATIONS,
+    Row,
+    row,
+)
 from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import half_width, holm, rank_correlation
-from benchmarks.testbed.study.table_rows import REFERENCES, SIGNALS, TITLES, TRAINED
-from benchmarks.testbed.study.tasks import TASKS
+from benchmarks.testbed.study.table_rows import MERGES, REFERENCES, SIGNALS, TITLES, TRAINED
+from benchmarks.testbed.study.tasks import SHUFFLED, TASKS
 from esmerge.figures import draw_figures
 from esmerge.results import COEFFICIENTS_FILE, read_coefficients
 
@@ -82,27 +107,35 @@ def paired_table(found: Found, drawn: Resampled, reference: str) -> str:
         return NOTHING
     adjusted = holm([own.p for own in differences.values()])
     rows = [
-        [TITLES[name], str(own), f"{own.better} of {own.count}", f"{own.p:.3f}", f"{p:.3f}", f"{own.p_over_tasks:.3f}"]
+        [
+            TITLES[name],
+            str(own),
+            f"{own.better} of {own.count}",
+            f"{own.p:.3f}",
+            f"{p:.3f}",
+            f"{own.p_over_tasks:.3f}",
+            own.trainings,
+        ]
         for (name, own), p in zip(differences.items(), adjusted, strict=True)
     ]
-    header = [f"{TITLES[reference]} minus", "mean difference", "better", "p", "p, Holm", "p over tasks"]
+    header = [f"{TITLES[reference]} minus", "mean difference", "better", "p", "p, Holm", "p over tasks", "by training"]
     return markdown_table(header, rows)
 
 
 def choices_table(found: Found, of: Sequence[Row]) -> str:
     """Every setting of rows with its score on validation data; the best one in bold."""
     rows = []
-    for row in of:
-        scores = found.choices.get(row.name)
-        if len(row.variants) == 1:
+    for own in of:
+        scores = found.choices.get(own.name)
+        if len(own.variants) == 1:
             continue
         if scores is None:
-            rows.append([row.title, NOTHING])
+            rows.append([own.title, NOTHING])
             continue
         best = max(scores, key=scores.__getitem__)
         shown = [f"{_readable(name)}: {score:.3f}" for name, score in scores.items()]
         marked = [f"**{text}**" if name == best else text for name, text in zip(scores, shown, strict=True)]
-        rows.append([row.title, "; ".join(marked)])
+        rows.append([own.title, "; ".join(marked)])
     return markdown_table(["row", "mean score on validation data"], rows)
 
 
@@ -113,38 +146,45 @@ def _readable(variant: str) -> str:
 def unlabelled_table(found: Found) -> str:
     """Of every row, the setting that embeddings alone would choose, beside the one that validation data chose."""
     rows = []
-    for row in ROWS:
-        if row.name not in found.choices or len(row.variants) == 1:
+    for own in ROWS:
+        if own.name not in found.choices or len(own.variants) == 1:
             continue
-        scores, gaps = found.choices[row.name], found.gaps[row.name]
+        scores, gaps = found.choices[own.name], found.gaps[own.name]
         best, nearest = max(scores, key=scores.__getitem__), min(gaps, key=gaps.__getitem__)
         cells = [f"{_readable(name)}: {gaps[name]:.3f}, {scores[name]:.3f}" for name in (nearest, best)]
-        rows.append([row.title, *cells, f"{scores[nearest] - scores[best]:+.3f}"])
+        rows.append([own.title, *cells, f"{scores[nearest] - scores[best]:+.3f}"])
     header = ["row", "nearest to the specialists: gap, score", "best on validation data: gap, score", "lost"]
     return markdown_table(header, rows)
 
 
 def unlabelled_sentence(found: Found) -> str:
-    """How well the gap tells the score over all settings of all rows."""
-    settings = [(own, name) for own in found.choices for name in found.choices[own]]
-    gaps = [found.gaps[own][name] for own, name in settings]
-    scores = [found.choices[own][name] for own, name in settings]
+    """How well the gap tells the score over all settings of all rows, each once."""
+    settings: dict[str, tuple[float, float]] = {}
+    for name, scores in found.choices.items():
+        own = row(name)
+        for variant, score in scores.items():
+            settings[f"{own.variants[variant]} {own.space} {own.own_prompts}"] = found.gaps[name][variant], score
+    gaps, scores_of_all = zip(*settings.values(), strict=True)
     return (
         f"Over all {len(settings)} settings measured, the rank correlation of gap and score is "
-        f"{rank_correlation(gaps, scores):+.2f}."
+        f"{rank_correlation(gaps, scores_of_all):+.2f}."
     )
 
 
-def control_table(found: Found) -> str:
+def control_table(places: Places, found: Found) -> str:
     """What is left with shuffled partners, and what main effects alone would give."""
     controlled = [task for task in TASKS if task.control]
-    header = ["", *(text for task in controlled for text in (task.title, f"{task.title}, shuffled"))]
+    header = [""]
+    for task in controlled:
+        header += [task.title, f"{task.title}, shuffled", "difference"]
     rows = []
     for name, controls in found.controls.items():
         cells = []
         for task in controlled:
-            cells.append(f"{fmean(found.scores[name][seed][task.name] for seed in controls):.3f}")
-            cells.append(f"{fmean(own[f'{task.name}_shuffled'] for own in controls.values()):.3f}")
+            true = fmean(found.scores[name][seed][task.name] for seed in controls)
+            shuffled = fmean(own[f"{task.name}_{SHUFFLED}"] for own in controls.values())
+            low, high = interval_of_control(places, name, task.name, list(controls))
+            cells += [f"{true:.3f}", f"{shuffled:.3f}", f"{true - shuffled:+.3f} [{low:+.3f}, {high:+.3f}]"]
         rows.append([TITLES[name], *cells])
     limits = {task.name: task.test for task in TASKS}
     effects = [drug_and_cell(limits["gdsc2_mid_potency"]), drug_and_target(limits["pydta"])]
@@ -153,7 +193,7 @@ def control_table(found: Found) -> str:
         ("partner's main effect, of a cell line that of its other test pairs", "partner"),
         ("both main effects added", "both"),
     ):
-        rows.append([title, *(text for own in effects for text in (f"{getattr(own, field):.3f}", NOTHING))])
+        rows.append([title, *(text for own in effects for text in (f"{getattr(own, field):.3f}", NOTHING, NOTHING))])
     return markdown_table(header, rows)
 
 
@@ -197,22 +237,24 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
 def page(places: Places, readme: Path, figures: Path) -> None:
     """Write tables and figures into a README between its marks."""
     check_specialists(places)
-    found = gather(places, list(TITLES), [row.name for row in VARIATIONS], PROBE_SIZES)
+    check_settings(places)
+    everything = gather(places, list(TITLES), [own.name for own in VARIATIONS], PROBE_SIZES)
+    found = over_shared_trainings(everything, MERGES)
     drawn = draw(places, found, figures)
     resamples = resampled(places, found)
     parts = [
         "### Scores on test data",
-        f"Means over the {len(SEEDS)} trainings of the specialists (as many as there are so far: last column), with "
-        "95 % intervals (Student's t) over them.",
+        f"Means over those of the {len(SEEDS)} trainings of the specialists of which all merges have results (last "
+        "column), with 95 % intervals (Student's t) over them.",
         scores_table(found),
-        *(_paired(found, resamples, name) for name in (AS_PUBLISHED, "es_both", *MATCHING) if name in found.scores),
+        *(_paired(found, resamples, name) for name in _compared(found)),
         "### Settings, and how they were chosen",
         choices_table(found, ROWS),
         "### What else embedding signals could do, on validation data",
         choices_table(found, VARIATIONS),
         *_without_labels(found),
         "### Shuffled partners and main effects",
-        control_table(found),
+        control_table(places, found),
         "### Figures",
         *(f"![{file.stem.replace('_', ' ')}]({file.relative_to(readme.parent).as_posix()})" for file in drawn),
     ]
@@ -237,6 +279,12 @@ def _without_labels(found: Found) -> list[str]:
         unlabelled_sentence(found),
         unlabelled_table(found),
     ]
+
+
+def _compared(found: Found) -> list[str]:
+    """The rows that are compared with all others: the paper's, and of other ways what validation data chose."""
+    chosen = (best_on_validation(found, own) for own in (FROM_SIGNALS, MATCHING))
+    return [name for name in (AS_PUBLISHED, *chosen, REGMEAN_OWN_PROMPTS) if name in found.scores]
 
 
 def _paired(found: Found, drawn: Resampled, name: str) -> str:

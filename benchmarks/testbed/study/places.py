@@ -45,9 +45,9 @@ class Places:
         """A text file for each modality, of so many training items from number `first` on."""
         return self.root / "probes" / f"{first}-{first + samples}"
 
-    def embeddings(self, seed: int) -> Path:
-        """What base and specialists make of the probe."""
-        return self.root / f"seed-{seed}" / "embeddings.safetensors"
+    def embeddings(self, seed: int, inputs: str) -> Path:
+        """What base and specialists make of the probe; of these inputs."""
+        return self.root / f"seed-{seed}" / f"embeddings-{inputs}.safetensors"
 
     def validation(self, row: str, variant: str = "") -> Path:
         """Results of a setting of a row on validation data; of all of them, and which was chosen."""

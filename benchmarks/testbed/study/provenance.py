@@ -10,7 +10,8 @@ import yaml
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, read_inputs
+from benchmarks.testbed.study.rows import ROWS
+from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE, chosen_variant, read_inputs
 from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
 from esmerge.results import RECORD_FILE
@@ -69,6 +70,23 @@ def check_specialists(places: Places) -> None:
                         f"{file}: its {name} specialist is not that of {other}; delete what is older and run the "
                         "study again."
                     )
+
+
+def check_settings(places: Places) -> None:
+    """Raise `InputError` if test data was asked of a setting that is not the one that validation data chose."""
+    for own in ROWS:
+        for seed in SEEDS:
+            file = places.test(seed, own.name) / MERGE_FILE
+            if not file.exists() or (
+                len(own.variants) > 1 and not (places.validation(own.name) / CHOICE_FILE).exists()
+            ):
+                continue
+            tested, chosen = json.loads(file.read_text(encoding="utf-8"))["variant"], chosen_variant(places, own)
+            if tested != chosen:
+                raise InputError(
+                    f"{file}: what was tested is {tested}, what was chosen {chosen}; delete the file and run the study "
+                    "again."
+                )
 
 
 def versions_sentence(places: Places) -> str:

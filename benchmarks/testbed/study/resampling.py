@@ -1,18 +1,20 @@
 """Scores over resamples of test samples, the same for all rows and trainings: what chance would have made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.testbed.study.tasks import partners
 from lightning_modules.evaluation_results import RESULTS_FOLDER, outcomes_of, read_results, results_file
-from lightning_modules.metrics import resample_weights, weighted_values
-from lightning_modules.sample_log import log_file, read_log
+from lightning_modules.metrics import Outcomes, resample_weights, weighted_values
+from lightning_modules.sample_log import Record, log_file, read_log
 
 
 def resampled_scores(folder: Path, tasks: Sequence[str]) -> Tensor:
-    """A model's score on each task over resamples of its groups of samples.
+    """A model's score on each task over resamples of its groups of samples; of pairs, of both partners.
 
     Args:
         folder: of the model's results.
@@ -29,8 +31,29 @@ def _resampled(folder: Path, task: str, seed: int) -> Tensor:
     records = read_log(log_file(folder / RESULTS_FOLDER, task))
     outcomes = outcomes_of(records, result["task"]["choices"], result["settings"]["choice_lengths"])
     metric = next(iter(result["scores"]))
-    drawn = [weighted_values(outcomes, [metric], weights)[metric] for weights in resample_weights(outcomes, seed)]
-    return torch.cat(drawn)
+    known = partners(task)
+    weights = _two_way(outcomes, records, known, seed) if known else resample_weights(outcomes, seed)
+    return torch.cat([weighted_values(outcomes, [metric], own)[metric] for own in weights])
+
+
+def _two_way(
+    outcomes: Outcomes, records: Sequence[Record], known: Mapping[str, tuple[str, str]], seed: int
+) -> Iterator[Tensor]:
+    """How often each pair is drawn where molecules and partners are, each by itself.
+
+    A pair counts as often as its molecule was drawn, times as often as its partner was (Owen 2007, doi
+    10.1214/07-AOAS122): intervals are somewhat too wide rather than too narrow.
+    """
+    sides = zip(*(known[record["id"]] for record in records), strict=True)
+    draws = [
+        resample_weights(replace(outcomes, groups=_numbers(names)), 2 * seed + side) for side, names in enumerate(sides)
+    ]
+    return (molecules * others for molecules, others in zip(*draws, strict=True))
+
+
+def _numbers(names: Sequence[str]) -> Tensor:
+    index = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([index[name] for name in names])
 
 
 def resampled_differences(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -70,6 +70,30 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
         for name in rows
     }
     return Found(scores, controls, choices, gaps, {name: own for name, own in sizes.items() if own}, seconds)
+
+
+def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
+    """Only the trainings that all merges have results of, where a row has any of these, so that rows can be ranked.
+
+    As it is where there is no such training.
+    """
+    every = [set(found.scores.get(name, {})) for name in merges]
+    shared = set.intersection(*every) if every else set()
+
+    def of(rows: dict[str, dict[int, Scores]]) -> dict[str, dict[int, Scores]]:
+        return {
+            name: {seed: own for seed, own in seeds.items() if seed in shared} if shared & seeds.keys() else seeds
+            for name, seeds in rows.items()
+        }
+
+    return replace(found, scores=of(found.scores), controls=of(found.controls))
+
+
+def best_on_validation(found: Found, rows: Iterable[str]) -> str | None:
+    """Of some rows, the one with the setting that is best on validation data; None if one of them has none yet."""
+    best = {name: max(found.choices[name].values()) if name in found.choices else None for name in rows}
+    known = {name: score for name, score in best.items() if score is not None}
+    return max(known, key=known.__getitem__) if known and len(known) == len(best) else None
 
 
 def _scores(folder: Path, tasks: Sequence[str]) -> Scores:

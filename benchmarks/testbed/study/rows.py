@@ -36,6 +36,11 @@ class Row:
     own_prompts: bool = False
 
     @property
+    def matches(self) -> bool:
+        """Whether it is embedding matching."""
+        return any(own["method"]["name"] == "embedding_matching" for own in self.variants.values())
+
+    @property
     def probed(self) -> bool:
         """Whether merging needs the probe."""
         return self.signals or any(METHODS[own["method"]["name"]].match for own in self.variants.values())
@@ -84,7 +89,6 @@ AS_READ = "embedding_matching_as_read"
 OWN_PROMPTS = "embedding_matching_own_prompts"
 # Where layers read what merged layers hand on.
 MERGED_LAYERS = "embedding_matching_merged_layers"
-MATCHING = ("embedding_matching", AS_READ, MERGED_LAYERS, OWN_PROMPTS)
 # Of whole prompts like those, as RegMean's authors have it.
 REGMEAN_OWN_PROMPTS = "regmean_own_prompts"
 
@@ -179,6 +183,10 @@ ROWS: tuple[Row, ...] = (
         own_prompts=True,
     ),
 )
+
+MATCHING = tuple(own.name for own in ROWS if own.matches)
+# Coefficients from embedding signals.
+FROM_SIGNALS = tuple(own.name for own in ROWS if own.signals and not own.matches)
 
 
 def _signals(granularity: str, **settings: float | str) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import benchmarks.tasks
+from benchmarks.testbed.binding import pydta
 from benchmarks.testbed.data import Modality
+from benchmarks.testbed.drug_responses import pairs_of_middling_drugs
 
 _FOLDER = Path(benchmarks.tasks.__file__).parent
 VALIDATION = "validation"
@@ -51,6 +54,17 @@ TASKS: tuple[StudyTask, ...] = (
 )
 OWN = tuple(task for task in TASKS if task.specialist is not None)
 CROSS = tuple(task for task in TASKS if task.specialist is None and task.counts)
+
+
+@lru_cache
+def partners(task: str) -> Mapping[str, tuple[str, str]]:
+    """By a test sample's id, its molecule and its partner; of tasks about pairs that count, shuffled ones too."""
+    match task.removesuffix(f"_{SHUFFLED}"):
+        case "gdsc2_mid_potency":
+            return {row["id"]: (row["molecule"], row["cell line"]) for row in pairs_of_middling_drugs()["test"]}
+        case "pydta":
+            return {row["id"]: (row["molecule"], row["protein"]) for row in pydta()["test"]}
+    return {}
 
 
 def write_tasks(folder: Path) -> None:

@@ -6,12 +6,16 @@ import torch
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.study.comparisons import compare, compare_with_all
 from benchmarks.testbed.study.conclusion import conclusion
-from benchmarks.testbed.study.results import Found
+from benchmarks.testbed.study.results import Found, over_shared_trainings
+from benchmarks.testbed.study.rows import MATCHING
+from benchmarks.testbed.study.table_rows import MERGES
 from benchmarks.testbed.study.tasks import TASKS
 
 COUNTED = [task.name for task in TASKS if task.counts]
 SEEDS = (43, 44)
 SCORES = {
+    **dict.fromkeys(MERGES, 0.45),
+    "regmean_own_prompts": 0.71,
     "embedding_matching_as_read": 0.7,
     "embedding_matching_merged_layers": 0.695,
     "embedding_matching_own_prompts": 0.69,
@@ -29,7 +33,9 @@ def found():
         name: {seed: {task.name: value + 0.01 * (seed - 43) for task in TASKS} for seed in SEEDS}
         for name, value in {**SCORES, **dict.fromkeys(MODALITIES, 0.72)}.items()
     }
-    return Found(scores, {}, {}, {}, {}, {})
+    choices = {name: {"one": 0.6, "other": 0.5} for name in MATCHING}
+    choices["embedding_matching_merged_layers"]["other"] = 0.65
+    return Found(scores, {}, choices, {}, {}, {})
 
 
 @pytest.fixture
@@ -51,54 +57,81 @@ def test_rows_are_compared_over_the_trainings_that_both_have(found, drawn):
     # The same samples were drawn for both, so nothing but the difference is left.
     assert [difference.mean, difference.low, difference.high] == pytest.approx([0.08] * 3)
     assert difference.p == pytest.approx(2 / 501) and difference.p_over_tasks == 2 / 64
+    assert difference.trainings == "43: +0.080"
     assert compare(found, drawn, "embedding_matching", "tsv", [44]) is None
     others = compare_with_all(found, drawn, "published")
-    assert {name: own.mean for name, own in others.items()} == pytest.approx(
-        {
-            "embedding_matching_as_read": -0.3,
-            "embedding_matching_merged_layers": -0.295,
-            "embedding_matching_own_prompts": -0.29,
-            "embedding_matching": -0.28,
-            "tsv": -0.2,
-            "uniform": -0.1,
-        }
-    )
+    expected = {name: 0.4 - score for name, score in SCORES.items() if name != "published"}
+    assert {name: own.mean for name, own in others.items()} == pytest.approx(expected)
 
 
-def test_the_best_merge_and_the_papers_are_told(found, drawn):
+def test_trainings_that_disagree_are_told_with_their_interval(found, drawn):
+    for task in COUNTED:
+        found.scores["tsv"][44][task] += 0.02
+    difference = compare(found, drawn, "embedding_matching", "tsv", SEEDS)
+    # By R: t.test(c(0.08, 0.06))$conf.int is 0.07 -+ 0.1270620.
+    assert difference.trainings == "43: +0.080, 44: +0.060; ± 0.127"
+
+
+def test_rows_are_ranked_over_the_trainings_that_all_merges_have(found):
+    del found.scores["tsv"][44]
+    found.scores["joint"] = {44: found.scores["cell"][44]}
+    shared = over_shared_trainings(found, MERGES)
+    assert {tuple(shared.scores[name]) for name in (*MERGES, *MODALITIES)} == {(43,)}
+    # What is no merge and has none of these is shown with what it has.
+    assert tuple(shared.scores["joint"]) == (44,)
+    del found.scores["tsv"]
+    assert over_shared_trainings(found, MERGES).scores == found.scores
+
+
+def test_what_validation_data_chose_is_told_against_what_test_data_ranks_highest(found, drawn):
     told = conclusion(found, drawn).splitlines()
-    assert (
-        told[0]
-        == "- **embedding matching, as read** is the best merge on the mean of all tasks: 0.705, over 2 trainings."
+    assert told[0] == (
+        "- **embedding matching, merged layers**, the embedding matching that validation data chose, scores 0.700 on "
+        f"the mean of all tasks, over 2 trainings: place 3 of {len(MERGES)} merges. (The other ways to match: "
+        "embedding matching, as read 0.705, embedding matching, own prompts 0.695, embedding matching 0.685.)"
     )
-    assert told[1].startswith("- The next best that is no embedding matching is TSV-M, 0.605: +0.100 [+0.100, +0.100]")
-    # Six rows are compared with the best, so each p is six times as large.
-    assert told[1].endswith("p = 0.004, Holm-adjusted 0.024.")
-    assert told[2].startswith("- On the training on which nothing was developed or chosen (44) alone: +0.100")
-    kept = 100 * (0.7 / 0.72 + 0.71 / 0.73) / 2
-    assert f"it keeps {kept:.1f} % of what the specialists score" in told[3]
-    assert "comes to 0.405, place 7 of 7 merges, below the uniform average (-0.100" in told[4]
+    assert told[1].startswith("- The best other merge is TSV-M, 0.605: +0.095 [+0.095, +0.095]")
+    # Each p is as many times as large as there are rows that it is compared with.
+    assert f"p = 0.004, Holm-adjusted {(len(MERGES) - 1) * 2 / 501:.3f} (by training 43: +0.095, 44:" in told[1]
+    assert told[2].startswith(
+        "- With prompts of the tasks' own questions, the best other merge is RegMean, own prompts, 0.715: -0.015"
+    )
+    assert told[3].startswith("- With the specialists of training 44 alone")
+    assert "against TSV-M: +0.095 [+0.095, +0.095], p = 0.004" in told[3]
+    kept = 100 * (0.695 / 0.72 + 0.705 / 0.73) / 2
+    assert f"it keeps {kept:.1f} % of what the specialists score" in told[4]
+    assert f"comes to 0.405, place {len(MERGES)} of {len(MERGES)} merges, below the uniform average: -0.100" in told[5]
 
 
-def test_a_rival_that_knows_the_questions_is_told_beside_one_that_does_not(found, drawn):
-    for values in (found.scores, drawn):
-        values["regmean_own_prompts"] = values["embedding_matching"]
+def test_a_choice_that_knows_the_questions_says_so(found, drawn):
+    found.choices["embedding_matching_own_prompts"]["one"] = 0.66
     told = conclusion(found, drawn).splitlines()
-    assert told[1].startswith("- The next best that is no embedding matching is RegMean, own prompts, 0.685: +0.020")
-    assert told[2].startswith("- Of the others, which know no questions of the tasks, the best is TSV-M, 0.605: +0.100")
-    assert told[3].startswith("- On the training on which nothing was developed or chosen (44) alone: +0.020")
+    assert told[0].startswith("- **embedding matching, own prompts** (which knows the questions of the tasks), the")
 
 
 def test_what_was_trained_further_is_compared_but_is_no_merge(found, drawn):
     for values in (found.scores, drawn):
         values["tuned"] = values["embedding_matching_as_read"]
     told = conclusion(found, drawn).splitlines()
-    assert told[0].startswith("- **embedding matching, as read** is the best merge")
-    # It is one of seven rows that are compared with the best.
-    assert told[1].startswith("- The next best that is no embedding matching is TSV-M, 0.605: +0.100")
-    assert told[1].endswith("Holm-adjusted 0.028.")
+    assert f"place 3 of {len(MERGES)} merges" in told[0]
+    # It is one more row that is compared.
+    assert f"Holm-adjusted {len(MERGES) * 2 / 501:.3f}" in told[1]
 
 
-def test_too_few_results_say_nothing(found, drawn):
-    del found.scores["published"]
+@pytest.mark.parametrize("missing", ["published", "uniform", "tsv"])
+def test_too_few_results_say_nothing(found, drawn, missing):
+    del found.scores[missing]
     assert conclusion(found, drawn) == "There are too few results to say."
+
+
+def test_nothing_is_said_of_rows_of_unlike_trainings_or_before_a_choice(found, drawn):
+    del found.scores["tsv"][44]
+    assert conclusion(found, drawn) == "There are too few results to say."
+    assert conclusion(over_shared_trainings(found, MERGES), drawn).startswith("- **embedding matching, merged layers**")
+    del found.choices["embedding_matching"]
+    assert conclusion(over_shared_trainings(found, MERGES), drawn) == "There are too few results to say."
+
+
+def test_missing_specialists_leave_the_rest_to_tell(found, drawn):
+    del found.scores["cell"]
+    assert "it keeps an unknown share of what the specialists score" in conclusion(found, drawn)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.testbed.study.resampling import resampled_differences
+from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.statistics import (
     bootstrap_p_value,
     half_width,
@@ -11,6 +11,8 @@ from benchmarks.testbed.study.statistics import (
     rank_correlation,
     sign_flip_p_value,
 )
+from lightning_modules.evaluation_results import RESULTS_FOLDER
+from lightning_modules.sample_log import log_file, write_log
 
 
 def test_intervals_are_those_of_students_t():
@@ -55,3 +57,30 @@ def test_rank_correlation_is_spearmans():
     # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 * 2 / (4 * 15).
     assert rank_correlation([0.1, 0.5, 0.7, 20], [-3, 1, 0, 2]) == pytest.approx(0.8, abs=1e-5)
     assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1, abs=1e-5)
+
+
+def test_pairs_are_drawn_by_both_partners(tmp_path, monkeypatch):
+    """A score that depends on the molecule alone varies as molecules drawn by themselves do, however many pairs."""
+    ids = [f"{molecule} with {partner}" for molecule in range(8) for partner in range(30)]
+    known = {name: tuple(name.split(" with ")) for name in ids}
+    records = []
+    for name in ids:
+        molecule = int(known[name][0])
+        right = molecule < 4
+        odds = {"Yes": 1.0, "No": 0.0} if right else {"Yes": 0.0, "No": 1.0}
+        records.append({"id": name, "answer": "Yes", "prediction": max(odds, key=odds.get), "log_likelihoods": odds})
+    result = {
+        "task": {"choices": ["Yes", "No"]},
+        "settings": {"choice_lengths": [1, 1]},
+        "scores": {"accuracy": None},
+    }
+    monkeypatch.setattr("benchmarks.testbed.study.resampling.read_results", lambda _: result)
+    (tmp_path / RESULTS_FOLDER).mkdir()
+    write_log(log_file(tmp_path / RESULTS_FOLDER, "pairs"), records)
+    single = resampled_scores(tmp_path, ["pairs"])[0]
+    assert single.std() == pytest.approx((0.25 / 240) ** 0.5, rel=0.1)
+    monkeypatch.setattr("benchmarks.testbed.study.resampling.partners", lambda _: known)
+    both = resampled_scores(tmp_path, ["pairs"])[0]
+    assert both.mean() == pytest.approx(0.5, abs=0.02)
+    assert both.std() == pytest.approx((0.25 / 8) ** 0.5, rel=0.1)
+    assert torch.equal(both, resampled_scores(tmp_path, ["pairs"])[0])

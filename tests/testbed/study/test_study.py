@@ -1,7 +1,10 @@
 """The study: its rows and jobs, and all stages on a tiny base."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from benchmarks.testbed.study import (
     archive,
     embeddings,
     jobs,
+    merges,
     page,
     results,
     rows,
@@ -153,7 +157,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     for name in done:
         made[name].run()
         assert made[name].result.exists(), name
-    probed = made["probe-size/embedding_matching_own_prompts/8"]
+    probed = made["probe-size/embedding_matching_merged_layers/8"]
     probed.run()
     assert probed.result.exists()
     choice = json.loads((places.validation("embedding_matching") / scoring.CHOICE_FILE).read_text())
@@ -225,6 +229,14 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
         archive.pack(elsewhere, tmp_path / "packed")
     assert [file.read_bytes() for file in packed] == before
 
+    # Nor is there a page of settings that were not chosen.
+    file = places.test(seed, "embedding_matching") / scoring.MERGE_FILE
+    content = file.read_text()
+    file.write_text(json.dumps(json.loads(content) | {"variant": "another"}))
+    with pytest.raises(InputError, match="what was tested is another, what was chosen"):
+        page.page(places, readme, tmp_path / "figures")
+    file.write_text(content)
+
     # What was asked is told once per task, and results of other data are not mixed with it.
     asked = [line for line in lines if line.startswith("| `b3db` ")]
     file = places.test(seed, "uniform") / "results" / "b3db.json"
@@ -258,6 +270,23 @@ def test_base_and_specialists_read_proteins_as_far_as_the_protein_specialist_doe
             }
         assert sorted(model.rglob("*")) == before and not reader.exists()
     assert known == {"base": {"protein", "cell"}, "molecule": {"molecule", "protein", "cell"}}
+
+
+def test_what_killed_jobs_left_is_removed_and_what_running_ones_make_is_not(places):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getpid()):
+        (places.scratch() / str(process) / "merged").mkdir(parents=True)
+    merges.remove_abandoned(places)
+    assert [folder.name for folder in places.scratch().iterdir()] == [str(os.getpid())]
+
+
+def test_partners_of_test_pairs_are_known():
+    for task in tasks.CROSS:
+        known = tasks.partners(task.name)
+        assert known == tasks.partners(f"{task.name}_{tasks.SHUFFLED}") and len(known) >= task.test
+        assert 1 < len({molecule for molecule, _ in known.values()}) < len(known)
+    assert tasks.partners("b3db") == {}
 
 
 def test_the_embedding_gap_is_0_of_the_specialists_and_1_of_the_base():
