@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.testbed.study.coefficients import elements_sentence, layers_sentence
 from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.statistics import (
     bootstrap_p_value,
@@ -84,3 +85,22 @@ def test_pairs_are_drawn_by_both_partners(tmp_path, monkeypatch):
     assert both.mean() == pytest.approx(0.5, abs=0.02)
     assert both.std() == pytest.approx((0.25 / 8) ** 0.5, rel=0.1)
     assert torch.equal(both, resampled_scores(tmp_path, ["pairs"])[0])
+
+
+def test_coefficients_are_told_in_a_sentence():
+    alpha = torch.tensor([[0.95, 0.2, 0.91, 0.5], [0.05, 0.8, 0.09, 0.5 - 1e-9]], dtype=torch.float64)
+    assert layers_sentence({"alpha": alpha}) == (
+        "2 of 4 layers have one coefficient above 0.9, and the largest is another specialist's at 2 of 3 steps from a "
+        "layer to the next."
+    )
+    spread = {
+        "alpha": alpha,
+        "lambda.mean.a": torch.tensor([0.4, 0.6]),
+        "lambda.mean.b": torch.tensor([0.5, 0.5]),
+        "lambda.std.a": torch.tensor([0.01, 0.02]),
+        "lambda.std.b": torch.tensor([0.03, 0.2]),
+    }
+    assert elements_sentence(spread) == (
+        "the mean of a specialist's coefficients in a tensor lies between 0.400 and 0.600, their standard deviation in "
+        "it is 0.025 (median)."
+    )
