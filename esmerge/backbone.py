@@ -23,7 +23,8 @@ class Backbone:
 
     Args:
         folder: a transformers checkpoint folder (config.json and safetensors weights).
-        dtype: in which the layers run; None for the dtype in which most of the weights are stored.
+        dtype: in which the layers run; None for the dtype in which most of the weights are stored (on a CPU, float32
+            instead of float16).
         device: on which the layers run.
         checkpoint: the one in the folder, if it is open already.
         trust_remote_code: whether code in the folder may run.
@@ -43,7 +44,7 @@ class Backbone:
         self.folder = folder
         self.device = _usable_device(device)
         self.checkpoint = checkpoint or Checkpoint.open(folder)
-        self.dtype = dtype or stored_dtype(self.checkpoint)
+        self.dtype = dtype or _probe_dtype(self.checkpoint, self.device)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             config.use_cache = False
@@ -254,6 +255,12 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if info.dtype.is_floating_point:
             bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
     return max(bytes_of, key=lambda dtype: bytes_of[dtype], default=torch.float32)
+
+
+def _probe_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    stored = stored_dtype(checkpoint)
+    # CPUs have no arithmetic for it.
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
 def _decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

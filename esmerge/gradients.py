@@ -27,12 +27,21 @@ class Gradients:
         self.deltas = dict(deltas)
         self.observers: dict[str, Observer] = {}
         self.leaves: list[str] = []
+        # What the gradients that pass at the moment are multiplied by.
+        self._scale = 1.0
 
     def start(self, layer: nn.Module) -> None:
         """Called once the deltas are attached to the layer."""
 
-    def collect(self, distance: Tensor) -> None:
-        """Called with each batch's distance."""
+    def collect(self, distance: Tensor, scale: float = 1.0) -> None:
+        """Called with each batch's distance.
+
+        Args:
+            scale: what it is multiplied by while gradients pass, so that these are no numbers too small for their
+                dtype; scores are as without it.
+        """
+        self._scale = scale
+        (distance * scale).backward()
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
         """The scores over all batches, by tensor name inside the layer."""
@@ -56,11 +65,8 @@ class FactorGradients(Gradients):
         assert isinstance(delta, LoraDelta)
         delta = delta.cast(x.dtype)
         a, b = self._totals[name]
-        a += ((g @ delta.b * delta.scaling).T @ x).abs()
-        b += (g.T @ (x @ delta.a.T * delta.scaling)).abs()
-
-    def collect(self, distance: Tensor) -> None:
-        distance.backward()
+        a.add_(((g @ delta.b * delta.scaling).T @ x).abs(), alpha=1 / self._scale)
+        b.add_((g.T @ (x @ delta.a.T * delta.scaling)).abs(), alpha=1 / self._scale)
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
         found: dict[str, Score] = {}
@@ -84,7 +90,8 @@ class WeightGradients(Gradients):
         self.observers = dict.fromkeys(linear, self._observe)
         self.leaves = [name for name in touched if name not in self.observers]
         self._parameters: dict[str, nn.Parameter] = {}
-        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linear}
+        # Inputs, gradients of outputs, and what these are multiplied by.
+        self._pairs: dict[str, list[tuple[Tensor, Tensor, float]]] = {name: [] for name in linear}
         self._totals = {name: torch.zeros_like(layer.get_parameter(name), dtype=torch.float32) for name in self.leaves}
 
     def start(self, layer: nn.Module) -> None:
@@ -92,20 +99,23 @@ class WeightGradients(Gradients):
 
     def _observe(self, name: str, x: Tensor, g: Tensor) -> None:
         if name in self._totals:
-            self._totals[name] += (g.T @ x).abs_()
+            self._add(name, x, g, self._scale)
             return
-        self._pairs[name].append((x, g))
-        pair_bytes = sum(x.nbytes + g.nbytes for x, g in self._pairs[name])
+        self._pairs[name].append((x, g, self._scale))
+        pair_bytes = sum(x.nbytes + g.nbytes for x, g, _ in self._pairs[name])
         if pair_bytes >= x.shape[1] * g.shape[1] * torch.float32.itemsize:
             self._totals[name] = torch.zeros(g.shape[1], x.shape[1], device=x.device)
             for pair in self._pairs.pop(name):
-                self._observe(name, *pair)
+                self._add(name, *pair)
 
-    def collect(self, distance: Tensor) -> None:
-        distance.backward()
+    def _add(self, name: str, x: Tensor, g: Tensor, scale: float) -> None:
+        self._totals[name].add_((g.T @ x).abs_(), alpha=1 / scale)
+
+    def collect(self, distance: Tensor, scale: float = 1.0) -> None:
+        super().collect(distance, scale)
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                self._totals[name] += parameter.grad.float().abs()
+                self._totals[name].add_(parameter.grad.float().abs(), alpha=1 / scale)
                 parameter.grad = None
 
     def scores(self, scratch: Scratch) -> dict[str, Score]:
@@ -116,7 +126,7 @@ class WeightGradients(Gradients):
             found[name] = dense_score(total, scratch)
         while self._pairs:
             name, pairs = self._pairs.popitem()
-            found[name] = pair_score([x for x, _ in pairs], [g for _, g in pairs], scratch)
+            found[name] = pair_score(pairs, scratch)
         return found
 
 

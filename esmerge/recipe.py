@@ -66,7 +66,7 @@ class ProbeRecipe(_Strict):
         tensors: a safetensors file with `inputs_embeds` [K, T, H], `attention_mask` [K, T] and
             `mask.<modality>` [K, T].
         batch_size: probe inputs per batch; 2 in the paper's code. Gradient scores depend on it.
-        dtype: in which the layers run; by default that of the base's weights.
+        dtype: in which the layers run; by default that of the base's weights (on a CPU, float32 instead of float16).
     """
 
     samples: Count | None = None

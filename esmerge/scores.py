@@ -129,6 +129,7 @@ class PairScore:
     inputs: Spooled
     gradients: Spooled
     lengths: tuple[int, ...]
+    scales: tuple[float, ...]
     mean: float
     std: float
 
@@ -138,29 +139,32 @@ class PairScore:
 
     def rows(self, start: int, stop: int) -> Tensor:
         inputs = self.inputs.rows(0, self.inputs.shape[0])
-        return _absolute_products(self.gradients.rows(start, stop), inputs, self.lengths)
+        return _absolute_products(self.gradients.rows(start, stop), inputs, self.lengths, self.scales)
 
 
-def pair_score(inputs: Sequence[Tensor], gradients: Sequence[Tensor], scratch: Scratch) -> PairScore:
-    """A score from each batch's inputs [n_b, in] and output gradients [n_b, out] of a linear layer."""
-    lengths = tuple(len(part) for part in inputs)
-    stacked = torch.cat(list(inputs)).cpu()
+def pair_score(pairs: Sequence[tuple[Tensor, Tensor, float]], scratch: Scratch) -> PairScore:
+    """A score from each batch's inputs [n_b, in] and output gradients [n_b, out] of a linear layer, and their scale."""
+    lengths, scales = tuple(len(x) for x, _, _ in pairs), tuple(scale for _, _, scale in pairs)
+    stacked = torch.cat([x for x, _, _ in pairs]).cpu()
     # Transposed, so that rows of the score are rows of the file.
-    transposed = torch.cat(list(gradients)).cpu().T.contiguous()
+    transposed = torch.cat([g for _, g, _ in pairs]).cpu().T.contiguous()
     total = squares = 0.0
     for start, stop in row_blocks((len(transposed), stacked.shape[1])):
-        block = _absolute_products(transposed[start:stop], stacked, lengths)
+        block = _absolute_products(transposed[start:stop], stacked, lengths, scales)
         total += float(block.sum(dtype=torch.float64))
         squares += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
     count = len(transposed) * stacked.shape[1]
     mean = total / count
     std = math.sqrt(max(0.0, squares / count - mean * mean))
-    return PairScore(scratch.put(stacked), scratch.put(transposed), lengths, mean, std)
+    return PairScore(scratch.put(stacked), scratch.put(transposed), lengths, scales, mean, std)
 
 
-def _absolute_products(gradients: Tensor, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sum over batches of |g_b^T x_b|, float32 [rows, in], from g^T [rows, n] and x [n, in]."""
+def _absolute_products(gradients: Tensor, inputs: Tensor, lengths: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """Sum over batches of |g_b^T x_b| / scale_b, float32 [rows, in], from g^T [rows, n] and x [n, in]."""
+    if inputs.dtype == torch.float16:  # which CPUs multiply slowly
+        gradients, inputs = gradients.float(), inputs.float()
     total = torch.zeros(len(gradients), inputs.shape[1])
-    for g, x in zip(gradients.split(list(lengths), dim=1), inputs.split(list(lengths)), strict=True):
-        total += (g @ x).abs_()
+    parts = zip(gradients.split(list(lengths), dim=1), inputs.split(list(lengths)), scales, strict=True)
+    for g, x, scale in parts:
+        total.add_((g @ x).abs_(), alpha=1 / scale)
     return torch.nan_to_num_(total, nan=0.0, posinf=0.0, neginf=0.0)

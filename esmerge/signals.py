@@ -9,6 +9,7 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 (specialist i's own modality has its name), L layers, K probe inputs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -29,6 +30,8 @@ from esmerge.probe import Probe, ProbeBatch
 from esmerge.scores import Score, Scratch, Spooled
 
 Distance = Literal["mse", "frobenius"]
+# Of float16, far from its smallest numbers and from its largest.
+_LARGEST_GRADIENT = 2.0**-4
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,8 @@ class _Pass:
                     state = run_layer(here.layer, states[index], batch.arguments[here.number])
                     if gradients.wanted:
                         masks = batch.masks[measured]
-                        gradients.collect(_distance(state, targets[index], masks, here.norm, settings.distance))
+                        measured_from = (targets[index], masks, here.norm, settings.distance)
+                        gradients.collect(_distance(state, *measured_from), _gradient_scale(state, *measured_from))
                 states[index] = state.detach()
         for positions, found in reading.spooled(self._scratch).items():
             _enter_read(self.signals.inputs.setdefault(positions, {}), here.number, found)
@@ -391,6 +395,21 @@ def _distance(
         gap = norm(state[mask]).float() - target[mask].float()
         total = total + (gap.square().mean() if distance == "mse" else gap.norm())
     return total
+
+
+@torch.no_grad()
+def _gradient_scale(
+    state: Tensor, target: Tensor, masks: Tensor, norm: Callable[[Tensor], Tensor], distance: Distance
+) -> float:
+    """What to multiply a distance by so that its gradients are no numbers too small for float16; a power of two."""
+    if state.dtype != torch.float16:
+        return 1.0
+    largest = 0.0
+    for mask in masks:
+        gap = norm(state[mask]).float() - target[mask].float()
+        slope = gap.abs().max() * 2 / gap.numel() if distance == "mse" else gap.abs().max() / gap.norm()
+        largest = max(largest, float(slope))
+    return 2.0 ** round(math.log2(_LARGEST_GRADIENT / largest)) if 0 < largest < math.inf else 1.0
 
 
 def _enter_read(inputs: Inputs, number: int, found: Mapping[str, Spooled]) -> None:

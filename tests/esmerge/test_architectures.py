@@ -112,8 +112,8 @@ class Case:
     def names(self):
         return list(self.adapters)
 
-    def engine(self, **settings):
-        backbone = Backbone(self.base)
+    def engine(self, dtype=None, **settings):
+        backbone = Backbone(self.base, dtype)
         specialists = [LoraSpecialist(name, folder) for name, folder in self.adapters.items()]
         embeds, attention, masks = self.probe
         probe = batched(embeds, attention, masks, BATCH_SIZE, "the probe")
@@ -359,6 +359,27 @@ def test_scores_of_weights_that_outnumber_the_tokens(build):
     )
     _, scores = case.engine(scores="weights")
     assert_same(scores, case.reference("weights")[1])
+
+
+@pytest.mark.parametrize("space", ["factors", "weights"])
+def test_gradients_of_long_prompts_are_no_numbers_too_small_for_float16(build, space):
+    """A mean over many positions has a small gradient at each, below what float16 can tell from zero."""
+    case = build("llama", space)
+    embeds, _, masks = random_probe(case.names, count=2, length=3000)
+    case.probe = 30 * embeds, torch.ones(2, 3000, dtype=torch.long), {name: mask | True for name, mask in masks.items()}
+    expected = case.engine(scores=space)[1]
+    found = case.engine(torch.float16, scores=space)[1]
+    for name, score in expected.items():
+        standard = [(own - own.mean()) / own.std() for own in (score, found[name])]
+        assert (standard[0] - standard[1]).abs().mean() < 0.2, name
+        assert 0.8 < found[name].mean() / score.mean() < 1.25, name
+
+
+def test_a_base_in_float16_is_probed_in_float32_where_there_is_no_arithmetic_for_it(tmp_path, make_base):
+    folder = make_base(transformers.LlamaConfig(**COMMON), tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    assert Backbone(tmp_path / "half").dtype == torch.float32
+    assert Backbone(tmp_path / "half", torch.float16).dtype == torch.float16
 
 
 @pytest.mark.parametrize("space", ["factors", "weights"])
