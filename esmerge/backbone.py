@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
-from esmerge.errors import InputError, first_line
+from esmerge.devices import usable_device
+from esmerge.errors import InputError
 from esmerge.names import canonical_name, canonical_names, is_rotary
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
@@ -42,7 +43,7 @@ class Backbone:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder = folder
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.dtype = dtype or _probe_dtype(self.checkpoint, self.device)
         try:
@@ -239,13 +240,6 @@ def _rope_types(settings: Any) -> Iterator[str]:
             if key in ("rope_type", "type") and isinstance(value, str):
                 yield value
             yield from _rope_types(value)
-
-
-def _usable_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device} cannot be used here: {first_line(error)}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

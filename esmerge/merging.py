@@ -200,7 +200,7 @@ class TensorStream:
         """Rows of all deltas, float32; zeros for those that are none."""
         if base is None and any(delta is not None and delta.needs_base for delta in self.deltas):
             base = self.base(start, stop)
-        blocks = [self._rows(delta, start, stop, base) for delta in self.deltas]
+        blocks = [self.delta_rows(delta, start, stop, base) for delta in self.deltas]
         for index, block in enumerate(blocks):
             # One look at the first block that differs from zero is all that it takes.
             if index not in self._changing and block.any():
@@ -217,7 +217,8 @@ class TensorStream:
         """Find out which of some specialists change anything where their values are looked at, not their deltas."""
         self._changing |= {i for i, own in values if i not in self._changing and bool((own.float() != base).any())}
 
-    def _rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
+    def delta_rows(self, delta: Delta | None, start: int, stop: int, base: Tensor | None) -> Tensor:
+        """Rows of a delta, float32; `base` is needed for a delta that needs it."""
         if delta is None:
             return torch.zeros((stop - start, *self.shape[1:]) if self.shape else (), device=self.device)
         # A specialist whose vocabulary is not padded as the base's has fewer rows; it leaves the others as they are.
@@ -250,7 +251,7 @@ class TensorStream:
             return self.kept_block(start, stop)[index]
         delta = self.deltas[index]
         base = self.base(start, stop) if delta is not None and delta.needs_base else None
-        return self._rows(delta, start, stop, base)
+        return self.delta_rows(delta, start, stop, base)
 
     def whole(self) -> list[Tensor]:
         """All deltas, whole."""

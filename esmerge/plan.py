@@ -24,6 +24,7 @@ from esmerge.checks import (
 )
 from esmerge.configs import quantisation
 from esmerge.deltas import Delta
+from esmerge.devices import usable_device
 from esmerge.errors import InputError
 from esmerge.hub import NotHereError, PartialCopies, split_reference
 from esmerge.modalities import TextModality
@@ -136,6 +137,7 @@ def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
     Raises:
         InputError: if an input is missing, or the inputs do not fit each other.
     """
+    usable_device(recipe.device)
     recipe = pin_recipe(recipe)
     with PartialCopies() as copies:
         for field, reference in _models(recipe):

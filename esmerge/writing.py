@@ -446,10 +446,10 @@ def _own_rows(plan: Plan, target: Target, stream: TensorStream) -> Iterator[tupl
 
 def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:
     if isinstance(delta, ValueDelta):
-        return delta.values(row, row + 1)
+        return delta.values(row, row + 1).to(stream.device)
     known = row < stream.shape[0]
     base = stream.base(row, row + 1) if known else torch.zeros((1, *stream.shape[1:]), device=stream.device)
-    return base + delta.rows(row, row + 1, base)
+    return base + stream.delta_rows(delta, row, row + 1, base)
 
 
 def _bytes(target: Target) -> int:

@@ -1022,6 +1022,12 @@ def unknown_device(inputs):
     inputs.recipe["device"] = "tpu"
 
 
+@case("device cuda:99", "cannot be used here", "--set=coefficients=uniform")
+def missing_device_without_a_probe(inputs):
+    inputs.recipe["device"] = "cuda:99"
+    del inputs.recipe["probe"]
+
+
 @case("molecule has rank 4 and protein rank 6", "use space: weights", "--set=space=factors")
 def unequal_ranks_of_factors(inputs):
     inputs.train(target_modules=["q_proj"])

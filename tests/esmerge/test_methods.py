@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from esmerge import methods
 from esmerge.checkpoint import Checkpoint
-from esmerge.deltas import ShiftDelta
+from esmerge.deltas import LoraDelta, ShiftDelta
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_dense
 from esmerge.methods import METHODS
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
 from esmerge.scores import dense_score
+from esmerge.writing import _own_row
 
 NAMES = ["molecule", "protein", "cell"]
 CPU = torch.device("cpu")
@@ -566,3 +567,11 @@ def test_della_with_impossible_probabilities_is_refused(name, density, recipe, m
     method = {"name": name, "density": density}
     with pytest.raises(InputError, match=r"density .* epsilon"):
         merge(recipe | {"coefficients": "uniform", "method": method, "output": {"format": "full"}})
+
+
+def test_rows_of_own_tokens_are_made_where_the_base_is():
+    """On the device without memory, which mixes with no other."""
+    elsewhere = torch.device("meta")
+    delta = LoraDelta(torch.ones(2, 4), torch.ones(8, 2), 1.0)
+    stream = TensorStream(None, "embed_tokens.weight", (8, 4), [delta], elsewhere)
+    assert _own_row(stream, delta, 5).device == elsewhere
