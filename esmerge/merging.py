@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from esmerge.scores import Score, Spooled, row_blocks
 _KEPT_BYTES = 64 << 20
 # To match a block takes all inputs of the layer, whatever its height: few tall ones.
 _MATCHED_ELEMENTS = 1 << 22
+
+# What methods on whole tensors take for an element of each delta, all that they make of it included.
+_WHOLE_BYTES = 24
 
 Rows = Callable[[int, int], Tensor]
 
@@ -149,6 +153,15 @@ class Merger:
         inputs = [own.rows(0, own.shape[0]).to(device) for own in self.inputs[name]]
         return self.method.match(inputs, scalars.tolist(), **accepted(self.method.match, dict(self.parameters)))
 
+    def memory(self, name: str, stream: "TensorStream") -> int:
+        """About how many bytes it takes to merge a tensor, beyond some blocks of rows."""
+        if self.method.match is not None and name in self.inputs:
+            count, width = sum(own.shape[0] for own in self.inputs[name]), self.inputs[name][0].shape[1]
+            return 4 * count * width + 16 * min(count, width) ** 2
+        if self.method.combine is None and not stream.is_unchanged:
+            return _WHOLE_BYTES * len(stream.deltas) * stream.count
+        return 0
+
     def _note_scalars(self, name: str, scalars: Tensor) -> None:
         self.statistics[name] = Statistics(scalars, torch.zeros_like(scalars))
 
@@ -184,6 +197,11 @@ class TensorStream:
         self.count = math.prod(shape)
         self._keep = len(deltas) * self.count * 4 <= _KEPT_BYTES
         self._kept: dict[tuple[int, int], list[Tensor]] = {}
+
+    @cached_property
+    def is_unchanged(self) -> bool:
+        """Whether all deltas are zero everywhere; read as far as it takes to tell."""
+        return not any(delta.any() for start, stop in self.spans for delta in self.block(start, stop))
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -256,8 +274,14 @@ class TensorStream:
     def whole(self) -> list[Tensor]:
         """All deltas, whole."""
         read = self.kept_block if self.several else self.block
-        blocks = [read(start, stop) for start, stop in self.spans]
-        return [torch.cat(parts) if self.shape else parts[0] for parts in zip(*blocks, strict=True)]
+        deltas = [torch.empty(self.shape, device=self.device) for _ in self.deltas]
+        for start, stop in self.spans:
+            for delta, block in zip(deltas, read(start, stop), strict=True):
+                if self.shape:
+                    delta[start:stop] = block
+                else:
+                    delta.copy_(block)
+        return deltas
 
 
 def merged_blocks(
@@ -284,6 +308,14 @@ def merged_blocks(
         return
     scalars = merger.coefficients.scalars(name, layer)
     weights = _WeightRows(merger, name, layer, scalars, stream)
+    if method.combine is None and stream.is_unchanged:
+        # What methods on whole tensors take for a large one, such as an embedding that nobody trained, is much.
+        for start, stop in stream.spans:
+            weights(start, stop)
+            base = stream.base(start, stop)
+            yield start, stop, torch.zeros_like(base), base
+        weights.finish()
+        return
     if method.combine is None:
         if method.needs_base:
             parts = [stream.base(start, stop) for start, stop in stream.spans]

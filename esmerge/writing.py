@@ -24,6 +24,7 @@ from esmerge.encoders import (
     write_modalities,
 )
 from esmerge.errors import InputError
+from esmerge.memory import MemoryBudget, available_memory
 from esmerge.merging import (
     Merger,
     Statistics,
@@ -340,6 +341,9 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
             if several and sum(c.info(name).nbytes for c, name in _inputs(plan, target)) <= _REMEMBERED_BYTES:
                 for checkpoint, name in _inputs(plan, target):
                     stack.enter_context(checkpoint.remembering(name))
+            if target.merged:
+                needed = max(output.merger.memory(target.name, stream) for output in wanting)
+                stack.enter_context(budget.room(needed))
             for output in wanting:
                 try:
                     output.write(target, stream)
@@ -371,6 +375,8 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     total = sum(_bytes(target) for target, _ in pending)
     # Of several outputs, what is read is shared and statistics are taken: that stays in one process.
     forked = workers > 1 and len(outputs) == 1 and total >= FORKED_BYTES and not PARTIAL_FILES and can_fork(device)
+    # Half of it, as some is not given back at once.
+    budget = MemoryBudget(available_memory(device) // 2, forked)
     for output in outputs:
         output.writer.flushes = not forked
     with (

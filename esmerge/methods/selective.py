@@ -49,22 +49,23 @@ def pcb(deltas: Sequence[Tensor], weights: Tensor, *, density: Fraction = 0.1, l
         density: share of elements that keep a coefficient.
         lambda_: scale of the result.
     """
+    # In place wherever it can be: whole tensors are large.
     flat = torch.stack([delta.reshape(-1) for delta in deltas])
     count, size = flat.shape
-    magnitudes = _clipped(flat.abs(), 1e-4, 1e-4)
-    own = torch.exp(count * _unit_range(magnitudes).square())
-    score = own * torch.tanh(flat * flat.sum(dim=0))
-    scale = _unit_range(_clipped(score, 1 - density, 0.0))
-    scale = scale * weights.expand(count, *deltas[0].shape).reshape(count, size)
-    merged = (flat.sign() * magnitudes * scale).sum(dim=0) / scale.sum(dim=0).clamp_min(1e-12)
+    magnitudes = _clip(flat.abs(), 1e-4, 1e-4)
+    score = _to_unit_range(magnitudes.clone()).square_().mul_(count).exp_()
+    score.mul_((flat * flat.sum(dim=0)).tanh_())
+    scale = _to_unit_range(_clip(score, 1 - density, 0.0))
+    scale.mul_(weights.expand(count, *deltas[0].shape).reshape(count, size))
+    merged = flat.sign_().mul_(magnitudes).mul_(scale).sum(dim=0).div_(scale.sum(dim=0).clamp_min_(1e-12))
     return merged.reshape(deltas[0].shape).mul_(lambda_)
 
 
-def _clipped(rows: Tensor, low: float, high: float) -> Tensor:
+def _clip(rows: Tensor, low: float, high: float) -> Tensor:
     size = rows.shape[1]
     places = [min(size - 1, int(size * low)), max(0, int(size * (1 - high) - 1))]
     smallest, largest = _in_order(rows, places).unbind(dim=1)
-    return rows.clamp(smallest[:, None], torch.maximum(smallest, largest)[:, None])
+    return rows.clamp_(smallest[:, None], torch.maximum(smallest, largest)[:, None])
 
 
 def _in_order(rows: Tensor, places: list[int]) -> Tensor:
@@ -77,6 +78,6 @@ def _in_order(rows: Tensor, places: list[int]) -> Tensor:
     return torch.from_numpy(found).to(rows.dtype)
 
 
-def _unit_range(rows: Tensor) -> Tensor:
+def _to_unit_range(rows: Tensor) -> Tensor:
     low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
-    return (rows - low) / (high - low).clamp_min(1e-30)
+    return rows.sub_(low).div_((high - low).clamp_min(1e-30))

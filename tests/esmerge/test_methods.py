@@ -575,3 +575,18 @@ def test_rows_of_own_tokens_are_made_where_the_base_is():
     delta = LoraDelta(torch.ones(2, 4), torch.ones(8, 2), 1.0)
     stream = TensorStream(None, "embed_tokens.weight", (8, 4), [delta], elsewhere)
     assert _own_row(stream, delta, 5).device == elsewhere
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.combine is None])
+def test_methods_on_whole_tensors_make_nothing_of_deltas_that_are_zero(name):
+    """And are not asked to: memory for whole tensors is taken where something changed only."""
+    count = 2 if name == "slerp" else 3
+    merger = Merger(FixedCoefficients(lambda _: torch.ones(count, dtype=torch.float64)), METHODS[name], {}, 0)
+    still = TensorStream(None, "", (600, 500), [ShiftDelta(torch.zeros(600, 500))] * count, CPU)
+    assert merger.memory("layers.0.x", still) == 0
+    moved = torch.zeros(600, 500)
+    moved[599, 499] = 1
+    deltas = [ShiftDelta(torch.zeros(600, 500))] * (count - 1) + [ShiftDelta(moved)]
+    assert merger.memory("layers.0.x", TensorStream(None, "", (600, 500), deltas, CPU)) > 4 * count * moved.numel()
+    assert not merge_dense(merger, "layers.0.x", 0, still).any()
+    assert merger.statistics["layers.0.x"].mean.tolist() == [1] * count

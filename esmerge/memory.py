@@ -1,0 +1,48 @@
+"""How much memory there is, and work that waits for it."""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+import psutil
+import torch
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+class MemoryBudget:
+    """Lets threads, or processes that are forked from here, have so much memory at a time between them.
+
+    What needs more than all of it runs alone.
+
+    Args:
+        total: bytes.
+        forked: whether processes share it.
+    """
+
+    def __init__(self, total: int, forked: bool = False) -> None:
+        self._total = total
+        # The lock of the condition guards the number; a number in shared memory serves threads as well.
+        self._changed = get_context("fork").Condition() if forked else threading.Condition()
+        self._taken = get_context("fork").Value("q", 0, lock=False) if forked else ctypes.c_int64(0)
+
+    @contextmanager
+    def room(self, needed: int) -> Iterator[None]:
+        """Wait until there is room for so many bytes, and have it meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken.value or self._taken.value + needed <= self._total)
+            self._taken.value += needed
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken.value -= needed
+                self._changed.notify_all()
