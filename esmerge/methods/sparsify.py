@@ -38,21 +38,29 @@ def largest_magnitude(blocks: Blocks, rank: int) -> Tensor:
     first, *others = islice(blocks(), 2)
     if not others and first.numel() <= CACHE_ELEMENTS and first.device.type == "cpu":
         return torch.as_tensor(_descending(first.reshape(-1).abs().numpy(), rank))
-    sample = np.sort(torch.cat([block.reshape(-1)[::_SAMPLE_STRIDE].abs() for block in blocks()]).cpu().numpy())
-    total = sum(block.numel() for block in blocks())
+    parts, total = [], 0
+    for block in blocks():
+        parts.append(block.reshape(-1)[::_SAMPLE_STRIDE].abs())
+        total += block.numel()
+    sample = np.sort(torch.cat(parts).cpu().numpy())
     place = (1 - rank / total) * len(sample)
     margin = _MARGIN * (place * (1 - place / len(sample))) ** 0.5 + 2
     while True:
         low, high = _at(sample, place - margin), _at(sample, place + margin)
-        above, inside = 0, []
+        above, equal, inside = 0, 0, []
         for block in blocks():
             # Numpy compares and counts several times faster than torch.
             values = block.reshape(-1).abs()
             part = values.numpy() if values.device.type == "cpu" else values
             above += _count(part > high)
-            inside.append(part[(part >= low) & (part <= high)])
-        count = sum(len(part) for part in inside)
+            if low == high:  # as where most of a delta is zero: so many need not be kept
+                equal += _count(part == low)
+            else:
+                inside.append(part[(part >= low) & (part <= high)])
+        count = equal + sum(len(part) for part in inside)
         if above < rank <= above + count:
+            if low == high:
+                return torch.tensor(low)
             candidates = np.concatenate([part if isinstance(part, np.ndarray) else part.cpu() for part in inside])
             return torch.as_tensor(_descending(candidates, rank - above))
         if low == 0 and high == float("inf"):

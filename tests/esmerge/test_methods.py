@@ -15,6 +15,7 @@ from esmerge.deltas import LoraDelta, ShiftDelta
 from esmerge.errors import InputError
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_dense
 from esmerge.methods import METHODS
+from esmerge.methods.sparsify import largest_magnitude
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
 from esmerge.scores import dense_score
@@ -590,3 +591,24 @@ def test_methods_on_whole_tensors_make_nothing_of_deltas_that_are_zero(name):
     assert merger.memory("layers.0.x", TensorStream(None, "", (600, 500), deltas, CPU)) > 4 * count * moved.numel()
     assert not merge_dense(merger, "layers.0.x", 0, still).any()
     assert merger.statistics["layers.0.x"].mean.tolist() == [1] * count
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.999, 1.0])
+def test_thresholds_of_deltas_that_are_mostly_zero(zeros):
+    """As those of full checkpoints in half precision are, and of embeddings that nobody trained."""
+    random = torch.Generator().manual_seed(0)
+    delta = torch.randn(1200, 500, generator=random)
+    delta[torch.rand(delta.shape, generator=random) < zeros] = 0
+    ordered = delta.abs().flatten().sort(descending=True).values
+    made = []
+
+    def blocks():
+        made.append(1)
+        return iter(delta.split(300))
+
+    for rank in (1, 2, 500, 599, 601, 300_000, 599_999, 600_000):
+        made.clear()
+        found = largest_magnitude(blocks, rank)
+        assert found.dtype == torch.float32 and found == ordered[rank - 1]
+        # Once to see what there is, once for a sample, and mostly once to count.
+        assert len(made) <= 4
