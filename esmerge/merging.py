@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -110,6 +112,7 @@ class Merger:
 
     Attributes:
         inputs: by name of a linear layer's weight, what it reads in each specialist, [n_i, in]; for methods that match.
+        known: by name of such a weight, factors B [out, r] and A [r, in] of its merged delta, if it was made before.
         statistics: of the coefficients of each tensor merged so far.
         kept_energy: of each tensor truncated so far, the share of the squared norm that was kept.
     """
@@ -119,8 +122,10 @@ class Merger:
     parameters: Mapping[str, Any]
     seed: int
     inputs: Mapping[str, Sequence[Spooled]] = field(default_factory=dict)
+    known: Mapping[str, tuple[Spooled, Spooled]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
+    _shared: threading.local = field(default_factory=threading.local, repr=False)
 
     @property
     def is_weighted_sum(self) -> bool:
@@ -147,15 +152,53 @@ class Merger:
         """What merges a linear layer's weight from its inputs; None for other tensors and other methods."""
         if self.method.match is None or name not in self.inputs:
             return None
+        numbers = self._note_numbers(name, layer)
+        matchers: dict[Any, Matcher] = getattr(self._shared, "matchers", {})
+        key = self.same_inputs(name), *numbers
+        if key not in matchers:
+            inputs = [own.rows(0, own.shape[0]).to(device) for own in self.inputs[name]]
+            matchers[key] = self.method.match(inputs, numbers, **accepted(self.method.match, dict(self.parameters)))
+        return matchers[key]
+
+    def same_inputs(self, name: str) -> tuple[int, ...] | None:
+        """What a linear layer has in common with those that can share its matcher; None for what needs none."""
+        if self.method.match is None or name not in self.inputs or name in self.known:
+            return None
+        return tuple(own.offset for own in self.inputs[name])
+
+    def sharing_groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Tensors that can share a matcher, such as a layer's queries, keys and values, together; others alone."""
+        groups: dict[tuple[int, ...] | str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.same_inputs(name) or name, []).append(name)
+        return list(groups.values())
+
+    @contextmanager
+    def sharing_matchers(self) -> Iterator[None]:
+        """In this thread, matchers are made once for all tensors that read the same, and kept meanwhile."""
+        self._shared.matchers = {}
+        try:
+            yield
+        finally:
+            del self._shared.matchers
+
+    def known_factors(self, name: str, layer: int | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """B and A of a merged delta that was made before."""
+        if name not in self.known:
+            return None
+        self._note_numbers(name, layer)
+        b, a = (own.rows(0, own.shape[0]).to(device) for own in self.known[name])
+        return b, a
+
+    def _note_numbers(self, name: str, layer: int | None) -> list[float]:
         scalars = self.coefficients.scalars(name, layer)
         assert scalars is not None, "a recipe lets nothing but one number per specialist go with such a method"
         self._note_scalars(name, scalars)
-        inputs = [own.rows(0, own.shape[0]).to(device) for own in self.inputs[name]]
-        return self.method.match(inputs, scalars.tolist(), **accepted(self.method.match, dict(self.parameters)))
+        return scalars.tolist()
 
     def memory(self, name: str, stream: "TensorStream") -> int:
         """About how many bytes it takes to merge a tensor, beyond some blocks of rows."""
-        if self.method.match is not None and name in self.inputs:
+        if self.method.match is not None and name in self.inputs and name not in self.known:
             count, width = sum(own.shape[0] for own in self.inputs[name]), self.inputs[name][0].shape[1]
             return 4 * count * width + 16 * min(count, width) ** 2
         if self.method.combine is None and not stream.is_unchanged:
@@ -479,6 +522,9 @@ def _factors_of_sum(
     """Matrices B_i and A_i whose products add up to the merged delta; None for deltas or methods without any."""
     if not all(delta is None or isinstance(delta, LoraDelta) for delta in stream.deltas):
         return None
+    if (known := merger.known_factors(name, layer, stream.device)) is not None:
+        stream.note_factors()
+        return [known[0]], [known[1]]
     matcher = merger.matcher(name, layer, stream.device)
     if matcher is None:
         weights = merger.sum_weights(name, layer)

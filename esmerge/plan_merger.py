@@ -1,6 +1,7 @@
 """From a plan to what merges its tensors: coefficients, a method, and what linear layers read where it needs that."""
 
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,8 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     inputs = signals.inputs.get(inputs_key(plan), {}) if signals is not None else {}
     _warn_of_averaged(plan, inputs)
     if not isinstance(settings, SignalsRecipe):
-        return _fixed_merger(plan, inputs)
+        known = signals.merged.get(inputs_key(plan), {}) if signals is not None else {}
+        return replace(_fixed_merger(plan, inputs), known=known)
     assert signals is not None
     method, parameters = _method(plan)
     if method.name == "linear":
@@ -65,10 +67,13 @@ def layer_merge(plan: Plan) -> LayerMerge:
 
     def merge_layer(number: int, inputs: Inputs) -> dict[str, Delta]:
         merger, deltas = _fixed_merger(plan, inputs), {}
-        for target in plan.merged:
-            if target.layer == number:
-                stream = TensorStream(plan.checkpoint, target.stored, target.shape, plan.deltas(target), device)
-                deltas[inner_name(target.name)] = merge_to_delta(merger, target.name, number, stream)
+        targets = {target.name: target for target in plan.merged if target.layer == number}
+        for group in merger.sharing_groups(targets):
+            with merger.sharing_matchers():
+                for name in group:
+                    own = targets[name]
+                    stream = TensorStream(plan.checkpoint, own.stored, own.shape, plan.deltas(own), device)
+                    deltas[inner_name(name)] = merge_to_delta(merger, name, number, stream)
         return deltas
 
     positions = positions_of(plan)

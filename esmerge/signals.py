@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from esmerge.attach import attached
 from esmerge.backbone import Backbone, LayerArguments, run_layer
-from esmerge.deltas import Delta, SumDelta, ValueDelta
+from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
 from esmerge.errors import InputError
 from esmerge.gradients import make_gradients
@@ -110,6 +110,8 @@ class EmbeddingSignals:
             `layers.N.<module>.lora_a.weight` and `.lora_b.weight` for scores of factors.
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
         inputs: by positions or by the key of a layer-wise merge, what linear layers read, if it was to be kept.
+        merged: by the key of a layer-wise merge, and by name of the tensor, factors B [out, r] and A [r, in] of what it
+            made on the way, where that has low rank.
     """
 
     distances: Tensor
@@ -117,6 +119,7 @@ class EmbeddingSignals:
     scores: dict[str, list[Score]] = field(default_factory=dict)
     responses: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     inputs: dict[str, Inputs] = field(default_factory=dict)
+    merged: dict[str, dict[str, tuple[Spooled, Spooled]]] = field(default_factory=dict)
 
 
 def embedding_signals(
@@ -317,7 +320,9 @@ class _Pass:
         if here.last:
             return
         try:
-            with attached(here.layer, merge.merge(here.number, inputs)), torch.no_grad():
+            deltas = merge.merge(here.number, inputs)
+            self._keep_factors(self.signals.merged.setdefault(merge.key, {}), here.number, deltas)
+            with attached(here.layer, deltas), torch.no_grad():
                 for own_batches, own_states in zip(self._batches, states, strict=True):
                     _push(here.layer, here.number, own_batches, own_states)
             finite = all(bool(state.isfinite().all()) for own_states in states for state in own_states)
@@ -328,6 +333,13 @@ class _Pass:
                 f"the embeddings of the merged model overflow at layer {here.number} in "
                 f"{_short(self._backbone.dtype)}; lower method.lambda, or set probe.dtype to float32."
             )
+
+    def _keep_factors(
+        self, merged: dict[str, tuple[Spooled, Spooled]], number: int, deltas: Mapping[str, Delta]
+    ) -> None:
+        for name, delta in deltas.items():
+            if isinstance(delta, LoraDelta):
+                merged[f"layers.{number}.{name}"] = self._scratch.put(delta.folded_b), self._scratch.put(delta.a)
 
 
 def _prepare(

@@ -328,13 +328,19 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     Each tensor is read once, whatever the number of outputs, unless its inputs together are larger than 2 GiB.
     """
     pending = [(target, [output for output in outputs if not output.recall(target)]) for target in outputs[0].targets]
-    pending = sorted(((t, o) for t, o in pending if o), key=lambda entry: -_bytes(entry[0]))
+    groups = sorted(_sharing([(t, o) for t, o in pending if o]), key=lambda group: -_bytes(group))
 
     device, changing = torch.device(plan.recipe.device), set[int]()
     several = len(outputs) > 1
 
     def write(number: int) -> None:
-        target, wanting = pending[number]
+        with ExitStack() as stack:
+            if len(groups[number]) > 1:
+                stack.enter_context(outputs[0].merger.sharing_matchers())
+            for own in groups[number]:
+                write_one(*own)
+
+    def write_one(target: Target, wanting: Sequence[Output]) -> None:
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         with ExitStack() as stack:
@@ -354,25 +360,29 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
                     raise
 
     def write_and_tell(number: int) -> _Done:
-        target, (output,) = pending[number]
+        (output,) = outputs
         before = set(output.writer.pending)
         write(number)
         notes = {name: output.writer.notes[name] for name in before - output.writer.pending}
-        return _Done(changing, notes, [checkpoint.finished_hash(name) for checkpoint, name in _inputs(plan, target)])
+        return _Done(changing, notes, [checkpoint.finished_hash(name) for checkpoint, name in inputs_of(number)])
+
+    def inputs_of(number: int) -> list[tuple[Checkpoint, str]]:
+        return [own for target, _ in groups[number] for own in _inputs(plan, target)]
 
     def take_over(number: int, done: _Done) -> None:
-        target, (output,) = pending[number]
+        (output,) = outputs
         changing.update(done.changing)
-        for (checkpoint, name), digest in zip(_inputs(plan, target), done.hashes, strict=True):
+        for (checkpoint, name), digest in zip(inputs_of(number), done.hashes, strict=True):
             checkpoint.adopt_hash(name, digest)
         output.writer.adopt(done.notes)
-        output.recall(target)
+        for target, _ in groups[number]:
+            output.recall(target)
 
     _keep_freed_memory()
     workers = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     if all(output.is_light for output in outputs):
         workers = 1
-    total = sum(_bytes(target) for target, _ in pending)
+    total = sum(map(_bytes, groups))
     # Of several outputs, what is read is shared and statistics are taken: that stays in one process.
     forked = workers > 1 and len(outputs) == 1 and total >= FORKED_BYTES and not PARTIAL_FILES and can_fork(device)
     # Half of it, as some is not given back at once.
@@ -383,11 +393,11 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar,
         single_threaded_operators(),
     ):
-        for number, done in each(write_and_tell if forked else write, len(pending), workers, forked):
+        for number, done in each(write_and_tell if forked else write, len(groups), workers, forked):
             if done is not None:
                 take_over(number, done)
-            bar.update(_bytes(pending[number][0]))
-    if len(pending) == len(outputs[0].targets):
+            bar.update(_bytes(groups[number]))
+    if sum(map(len, groups)) == len(outputs[0].targets):
         for index, specialist in enumerate(plan.specialists):
             if index not in changing:
                 logger.warning("specialist %s is identical to the base: its delta is zero everywhere", specialist.name)
@@ -458,8 +468,17 @@ def _own_row(stream: TensorStream, delta: Delta, row: int) -> Tensor:
     return base + stream.delta_rows(delta, row, row + 1, base)
 
 
-def _bytes(target: Target) -> int:
-    return target.dtype.itemsize * math.prod(target.shape)
+def _sharing(pending: Sequence[_Pending]) -> list[list[_Pending]]:
+    """What can share a matcher together, if there is one output: of several, matchers together would be large."""
+    if len({id(output) for _, wanting in pending for output in wanting}) != 1:
+        return [[own] for own in pending]
+    by_name = {own[0].name: own for own in pending}
+    [output], *_ = (wanting for _, wanting in pending)
+    return [[by_name[name] for name in group] for group in output.merger.sharing_groups(by_name)]
+
+
+def _bytes(group: Sequence[_Pending]) -> int:
+    return sum(target.dtype.itemsize * math.prod(target.shape) for target, _ in group)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Methods that match what the specialists read, against plain transformers, PEFT and the normal equations."""
 
 import itertools
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from esmerge.backbone import Backbone
 from esmerge.errors import InputError
 from esmerge.layer_inputs import READ_POSITIONS, read_positions
-from esmerge.methods import embedding_matching, regmean
+from esmerge.methods import METHODS, embedding_matching, regmean
 from esmerge.probe import Probe, ProbeBatch
 
 NAMES = ("molecule", "protein", "cell")
@@ -327,6 +328,33 @@ def test_terms_as_read_are_those_of_all_positions(llama, merge, probed, monkeypa
     deltas = [2 * adapters[name][factors[0]] @ adapters[name][factors[1]] for name in NAMES]
     expected = normal_equations(deltas, [1, 17 / 9, 17 / 9], inputs, 0.9, trace=False)
     torch.testing.assert_close((b @ a).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("activations", ["specialist", "merged"])
+def test_what_reads_the_same_is_solved_once(llama, merge, probed, tmp_path, monkeypatch, activations, full):
+    """Queries, keys and values share a factorisation, as gate and up do; what the pass merged is not merged again."""
+    content, _ = probed(5, {"name": "embedding_matching", "activations": activations})
+    content["output"] = {"format": "full", "dtype": "float32"}
+    if full:
+        for name in NAMES:
+            base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+            PeftModel.from_pretrained(base, llama / name).merge_and_unload().save_pretrained(tmp_path / name)
+        content["specialists"] = {name: {"model": str(tmp_path / name)} for name in NAMES}
+    method, made = METHODS["embedding_matching"], []
+
+    @wraps(method.match)
+    def counted(*inputs, **parameters):
+        made.append(1)
+        return method.match(*inputs, **parameters)
+
+    monkeypatch.setitem(METHODS, "embedding_matching", replace(method, match=counted))
+    merged = merge(content)
+    layers = LlamaConfig.from_pretrained(llama / "base").num_hidden_layers
+    # The last layer's merge hands nothing on, and dense deltas are too large to be kept.
+    again = 4 * (layers - 1) if full and activations == "merged" else 0
+    assert len(made) == 4 * layers + again
+    assert load_file(merged / "model.safetensors").keys() == load_file(llama / "base" / "model.safetensors").keys()
 
 
 def probe_of(items, tails, batch_size=4):
