@@ -1,6 +1,7 @@
 """Walks a decoder-only transformer one layer at a time, without ever loading it whole."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from esmerge.names import canonical_name, canonical_names, is_rotary
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
 MAX_ATTENTION_BYTES = 64 << 20
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -99,6 +101,11 @@ class Backbone:
         """The checkpoint's name for a parameter of the model."""
         if canonical_name(name) in self._stored:
             return self._stored[canonical_name(name)]
+        if any(_EXPERT.search(stored) for stored in self._stored):
+            raise InputError(
+                f"{self.folder}: the experts of a {type(self.model).__name__} are stored one by one, but run as one "
+                "tensor: such mixtures of experts cannot be probed; use coefficients and a method that need no probe."
+            )
         raise InputError(
             f"{self.folder} has no tensor {name}, which a {type(self.model).__name__} of its config.json needs."
         )

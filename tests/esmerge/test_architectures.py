@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from esmerge.backbone import Backbone
+from esmerge.errors import InputError
 from esmerge.probe import batched
 from esmerge.scores import Scratch
 from esmerge.signals import ProbedSpecialist, SignalSettings, embedding_signals
@@ -373,6 +374,14 @@ def test_gradients_of_long_prompts_are_no_numbers_too_small_for_float16(build, s
         standard = [(own - own.mean()) / own.std() for own in (score, found[name])]
         assert (standard[0] - standard[1]).abs().mean() < 0.2, name
         assert 0.8 < found[name].mean() / score.mean() < 1.25, name
+
+
+@pytest.mark.parametrize("kind", ["Qwen3MoeConfig", "MixtralConfig"])
+def test_mixtures_of_experts_are_refused_for_what_they_are(tmp_path, make_base, kind):
+    config = getattr(transformers, kind)(**COMMON, num_experts=4, num_local_experts=4, moe_intermediate_size=16)
+    folder = make_base(config, tmp_path / "base")
+    with pytest.raises(InputError, match="such mixtures of experts cannot be probed; use coefficients"):
+        list(Backbone(folder).iterate_layers())
 
 
 def test_a_base_in_float16_is_probed_in_float32_where_there_is_no_arithmetic_for_it(tmp_path, make_base):
