@@ -97,9 +97,10 @@ class SignalCoefficients:
         scores = self.scores[name]
         means = torch.tensor([score.mean for score in scores])
         stds = torch.tensor([score.std for score in scores])
+        readers = [score.reader() for score in scores]
 
         def coefficient_rows(start: int, stop: int) -> Tensor:
-            stacked = torch.stack([score.rows(start, stop) for score in scores])
+            stacked = torch.stack([read(start, stop) for read in readers])
             element = element_coefficients(stacked, means, stds, self.tau)
             return element if self.layer is None else combine(self.layer[:, layer], element)
 

@@ -2,8 +2,9 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,8 @@ from esmerge.rawio import read_into, write_from
 
 # Rows are handled in blocks of about this many elements: the temporaries stay in the cache's reach.
 BLOCK_ELEMENTS = 1 << 18
+# What rows of a score have in common is kept while it is read, up to this size.
+_READ_ONCE_BYTES = 64 << 20
 
 
 def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -22,6 +25,9 @@ def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator
     height = max(1, elements // max(1, math.prod(shape[1:])))
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
+
+
+Reader = Callable[[int, int], Tensor]
 
 
 class Score(Protocol):
@@ -40,6 +46,10 @@ class Score(Protocol):
     def std(self) -> float: ...
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the score, float32 [stop - start, ...]."""
+        ...
+
+    def reader(self) -> "Reader":
+        """The same for many calls: what they have in common is read once, if it is not too large."""
         ...
 
 
@@ -107,6 +117,9 @@ class DenseScore:
             return self.values.rows(start, stop)
         return self.values[start:stop]
 
+    def reader(self) -> Reader:
+        return self.rows
+
 
 def dense_score(values: Tensor, scratch: Scratch | None = None) -> DenseScore:
     """A score from accumulated absolute gradients, float32, which it may change; spooled if a scratch file is given."""
@@ -138,7 +151,17 @@ class PairScore:
         return self.gradients.shape[0], self.inputs.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        inputs = self.inputs.rows(0, self.inputs.shape[0])
+        return self._rows(self._all_inputs(), start, stop)
+
+    def reader(self) -> Reader:
+        if math.prod(self.inputs.shape) * self.inputs.dtype.itemsize > _READ_ONCE_BYTES:
+            return self.rows
+        return partial(self._rows, self._all_inputs())
+
+    def _all_inputs(self) -> Tensor:
+        return self.inputs.rows(0, self.inputs.shape[0])
+
+    def _rows(self, inputs: Tensor, start: int, stop: int) -> Tensor:
         return _absolute_products(self.gradients.rows(start, stop), inputs, self.lengths, self.scales)
 
 
