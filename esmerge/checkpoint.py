@@ -358,6 +358,12 @@ class Checkpoint:
         self.close()
 
 
+def _to_disk(descriptor: int) -> None:
+    """Have what was written to a file go to the disk."""
+    # macOS has only what also waits for times and the like.
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 class CheckpointWriter:
     """Writes a checkpoint whose names, dtypes and shapes are known beforehand, in any order, from any thread.
 
@@ -461,7 +467,7 @@ class CheckpointWriter:
         self._unflushed += nbytes
         if self._unflushed >= FLUSH_BYTES:
             self._unflushed = 0
-            self._flushed.append(self._flusher.submit(os.fdatasync, self._streams[file].fileno()))
+            self._flushed.append(self._flusher.submit(_to_disk, self._streams[file].fileno()))
 
     def adopt(self, notes: Mapping[str, Any]) -> None:
         """Take over the tensors that a forked process completed, with its notes on them."""

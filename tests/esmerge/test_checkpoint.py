@@ -1,6 +1,7 @@
 """Safetensors files are read and written as other libraries write and read them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -50,6 +51,14 @@ def test_written_file_is_read_by_safetensors(tmp_path):
     with Checkpoint.open(tmp_path) as checkpoint:
         aligned = [checkpoint.info(name).offset % tensor.itemsize == 0 for name, tensor in TENSORS.items()]
     assert all(aligned), "tensors start at multiples of their item size, so that files can be mapped"
+
+
+def test_a_system_without_fdatasync(tmp_path, monkeypatch):
+    """As macOS; what is larger than 128 MB is flushed while it is written."""
+    monkeypatch.delattr(os, "fdatasync", raising=False)
+    monkeypatch.setattr("esmerge.checkpoint.FLUSH_BYTES", 1)
+    write(tmp_path, TENSORS)
+    assert_equal(load_file(tmp_path / "model.safetensors"), TENSORS)
 
 
 def test_file_of_safetensors_is_read(tmp_path):
