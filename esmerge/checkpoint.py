@@ -6,13 +6,14 @@ name, dtype and shape beforehand, writes the headers first and takes the tensors
 """
 
 import json
+import logging
 import math
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ import xxhash
 
 from esmerge.errors import InputError
 from esmerge.rawio import bytes_of, read_into, write_from
+
+logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -152,8 +155,8 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
-class _ReadHash:
-    """XXH3 of a tensor's bytes, taken while they are read from first to last and still lie in a core's cache."""
+class _RunningHash:
+    """XXH3 of a tensor's bytes, taken while they go by from first to last and still lie in a core's cache."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -161,7 +164,7 @@ class _ReadHash:
         self._lock = threading.Lock()
 
     def update(self, start: int, tensor: torch.Tensor) -> None:
-        """Take in what was read from byte `start` on; what is read again, or out of order, does not count."""
+        """Take in the bytes from `start` on; what comes again, or out of order, does not count."""
         end = start + tensor.nbytes
         if start <= self.done < end and self._lock.acquire(blocking=False):
             try:
@@ -203,7 +206,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
-        self._hashes: dict[str, _ReadHash] = {}
+        self._hashes: dict[str, _RunningHash] = {}
         self._known_hashes: dict[str, bytes] = {}
         self._remembered = threading.local()
         for file, listed in files.items():
@@ -342,9 +345,9 @@ class Checkpoint:
             return False
         return self.tensor_hash(name) == other.tensor_hash(other_name)
 
-    def _hash(self, name: str) -> _ReadHash:
+    def _hash(self, name: str) -> _RunningHash:
         # Made when a tensor is first read: some files have very many. Of two threads, `setdefault` lets one win.
-        return self._hashes.get(name) or self._hashes.setdefault(name, _ReadHash())
+        return self._hashes.get(name) or self._hashes.setdefault(name, _RunningHash())
 
     def close(self) -> None:
         """Close the files."""
@@ -364,11 +367,20 @@ def _to_disk(descriptor: int) -> None:
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
+def _from_disk(descriptor: int) -> None:
+    """Have what is read of a file come from the disk: memory also has what could not be written there."""
+    _to_disk(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class CheckpointWriter:
     """Writes a checkpoint whose names, dtypes and shapes are known beforehand, in any order, from any thread.
 
     Headers are written first; then rows go straight to their place. A journal beside the files names the tensors that
-    are complete, so that a writer of the same layout can go on where a killed one stopped.
+    are complete, so that a writer of the same layout can go on where a killed one stopped. Its lines may reach the disk
+    before what they tell of, and a power cut come between: they hold a hash of every tensor's bytes, and the new writer
+    believes those alone that it finds on the disk.
 
     Args:
         folder: an existing folder; what an earlier writer of the same layout left there is kept.
@@ -396,6 +408,8 @@ class CheckpointWriter:
         self.notes: dict[str, Any] = {}
         self._folder, self._stem = folder, stem
         self._streams: dict[Path, BinaryIO] = {}
+        # None where rows came out of order, or again.
+        self._hashes: dict[str, _RunningHash | None] = {}
         shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
         room = max_shard_bytes
         for name, (dtype, shape) in tensors.items():
@@ -417,13 +431,36 @@ class CheckpointWriter:
             # A line that was cut off must go, or the next one would be written onto it.
             whole, _, _ = self._journal.read().rpartition(b"\n")
             self._journal.truncate(len(whole) + 1 if whole else 0)
-            self.notes = dict(json.loads(line) for line in whole.splitlines())
+            self.notes = self._recalled(whole)
             self.pending -= self.notes.keys()
         else:
             self._journal.truncate(0)
         self._flusher = ThreadPoolExecutor(max_workers=1)
         self._flushed: list[Future[None]] = []
         self._unflushed = 0
+
+    def _recalled(self, journal: bytes) -> dict[str, Any]:
+        """The notes on those tensors of a journal that the disk has as they were written."""
+        found: dict[str, tuple[Any, str]] = {}
+        for line in journal.splitlines():
+            # After a power cut there may be anything in its place.
+            with suppress(ValueError, TypeError):
+                name, note, digest = json.loads(line)
+                if name in self.places:
+                    found[name] = note, digest
+        for stream in self._streams.values():
+            _from_disk(stream.fileno())
+        with Checkpoint(dict.fromkeys(self._streams)) as stored, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            stored_hashes = dict(zip(found, pool.map(stored.tensor_hash, found), strict=True))
+        intact = {name: note for name, (note, digest) in found.items() if stored_hashes[name].hex() == digest}
+        if lost := len(found) - len(intact):
+            logger.warning(
+                "%s: what the disk has of %d of %d complete tensors is not what was written: it is written again",
+                self._folder,
+                lost,
+                len(found),
+            )
+        return intact
 
     def _begin(
         self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
@@ -457,8 +494,13 @@ class CheckpointWriter:
         place = self.places[name]
         data = rows.detach().to("cpu", place.dtype).contiguous()
         row_bytes = place.nbytes // max(1, place.shape[0]) if place.shape else 0
-        stream = self._streams[place.file]
-        write_from(stream.fileno(), data, place.offset + start * row_bytes)
+        begin = start * row_bytes
+        write_from(self._streams[place.file].fileno(), data, place.offset + begin)
+        hashed = self._hashes.setdefault(name, _RunningHash())
+        if hashed is not None and hashed.done == begin:
+            hashed.update(begin, data)
+        else:
+            self._hashes[name] = None
         if self.flushes:
             self._flush(place.file, data.nbytes)
 
@@ -478,7 +520,13 @@ class CheckpointWriter:
 
     def complete(self, name: str, note: Any = None) -> None:
         """Note in the journal that all rows of `name` are written, with anything that JSON can hold."""
-        os.write(self._journal.fileno(), (json.dumps([name, note]) + "\n").encode())
+        hashed = self._hashes.pop(name, None)
+        if hashed is not None and hashed.done == self.places[name].nbytes:
+            digest = hashed.hash.digest()
+        else:
+            with Checkpoint.open_file(self.places[name].file) as stored:
+                digest = stored.tensor_hash(name)
+        os.write(self._journal.fileno(), (json.dumps([name, note, digest.hex()]) + "\n").encode())
         self.notes[name] = note
         self.pending.discard(name)
 

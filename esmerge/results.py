@@ -81,7 +81,7 @@ def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path
         try:
             if not resume or not mark.exists():
                 _empty(staged)
-            mark.write_text(fingerprint)
+                mark.write_text(fingerprint)
             yield staged
             for file in (mark, staged / ".lock"):
                 file.unlink()

@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from esmerge.writing import FullOutput
+
 LAYERS = 5
 TENSORS = 9 * LAYERS + 3
 
@@ -133,22 +135,69 @@ def test_ends_in_the_same_files(left, undisturbed, merge):
     assert [path.name for path in left.parent.iterdir()] == ["merged"]
 
 
-def test_does_not_do_finished_tensors_again(left, undisturbed, merge):
-    """A mark on the bytes of a finished tensor survives."""
+@pytest.fixture
+def written(monkeypatch):
+    """Names of the tensors that this process merges."""
+    names = []
+    write = FullOutput.write
+
+    def note(output, target, stream):
+        names.append(target.written)
+        write(output, target, stream)
+
+    monkeypatch.setattr(FullOutput, "write", note)
+    return names
+
+
+def test_does_not_do_finished_tensors_again(left, undisturbed, merge, written, caplog):
     done = journal_of(left)
+    merge(left, "--resume")
+    assert len(written) == TENSORS - len(done) and not {*written} & {*done}
+    assert files_of(left) == undisturbed
+    assert not caplog.records
+
+
+def overwrite(left, name, content):
+    """Puts other bytes where a tensor begins in what a killed merge left; None: zeros in all of its places."""
     weights = left.parent / ".merged.partial" / "model.safetensors"
     with weights.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        places = {name: 8 + length + header[name]["data_offsets"][0] for name in done}
-        for place in places.values():
-            stream.seek(place)
-            stream.write(b"mark")
+        start, end = json.loads(stream.read(length))[name]["data_offsets"]
+        stream.seek(8 + length + start)
+        stream.write(bytes(end - start) if content is None else content)
+
+
+@pytest.mark.parametrize("content", [None, b"mark"], ids=["zeros", "other bytes"])
+def test_tensors_that_never_reached_the_disk_are_merged_again(left, undisturbed, merge, written, caplog, content):
+    """After a power cut a file has its whole size, with zeros in it, though the journal tells of more."""
+    done = journal_of(left)
+    for name in done[1:3]:
+        overwrite(left, name, content)
     merge(left, "--resume")
-    expected = bytearray(next(content for path, content in undisturbed.items() if path.name == "model.safetensors"))
-    for place in places.values():
-        expected[place : place + 4] = b"mark"
-    assert (left / "model.safetensors").read_bytes() == expected
+    assert files_of(left) == undisturbed
+    assert {*written} & {*done} == {*done[1:3]}
+    [sentence] = [record.getMessage() for record in caplog.records]
+    assert f"what the disk has of 2 of {len(done)} complete tensors is not what was written" in sentence
+
+
+@pytest.mark.parametrize("lost", [slice(0, 100), slice(-100, None)], ids=["its beginning", "its end"])
+def test_a_journal_that_did_not_reach_the_disk_whole(left, undisturbed, merge, written, lost):
+    done = journal_of(left)
+    journal = left.parent / ".merged.partial" / ".model.journal"
+    content = bytearray(journal.read_bytes())
+    content[lost] = bytes(100)
+    journal.write_bytes(content)
+    merge(left, "--resume")
+    assert files_of(left) == undisturbed
+    assert TENSORS - len(done) < len(written) < TENSORS
+
+
+def test_a_file_whose_header_did_not_reach_the_disk(left, undisturbed, merge):
+    weights = left.parent / ".merged.partial" / "model.safetensors"
+    with weights.open("r+b") as stream:
+        stream.write(bytes(100))
+    merge(left, "--resume")
+    assert files_of(left) == undisturbed
 
 
 def test_of_a_line_that_was_cut_off(left, undisturbed, merge):
@@ -377,7 +426,9 @@ print(can_fork(cpu))
 
 
 @needs_fork
-def test_forked_processes_end_with_the_first_and_their_work_is_gone_on_with(project, undisturbed, merge, tmp_path):
+def test_forked_processes_end_with_the_first_and_their_work_is_gone_on_with(
+    project, undisturbed, merge, written, tmp_path
+):
     output = tmp_path / "merged"
     command, environment = forked("", "merge", project / "recipe.yaml", "-o", output, "--quiet")
     with subprocess.Popen(command, env=environment) as process:
@@ -390,9 +441,11 @@ def test_forked_processes_end_with_the_first_and_their_work_is_gone_on_with(proj
     while running(output):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert 5 <= len(journal_of(output)) < TENSORS
+    done = journal_of(output)
+    assert 5 <= len(done) < TENSORS
     merge(output, "--resume")
     assert files_of(output) == undisturbed
+    assert len(written) == TENSORS - len(done)
 
 
 @needs_fork

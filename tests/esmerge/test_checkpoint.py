@@ -96,6 +96,38 @@ def test_shards_and_index_are_those_of_transformers(llama, tmp_path):
         assert_equal({name: checkpoint.read(name) for name in checkpoint}, tensors)
 
 
+def begin(folder):
+    return CheckpointWriter(folder, layout(TENSORS), max_shard_bytes=50)
+
+
+def test_goes_on_with_what_the_disk_has_as_it_was_written(tmp_path):
+    """Whatever the order of the rows, or if some are written twice."""
+    writer = begin(tmp_path)
+    half = TENSORS["half"]
+    for start, stop in ((1, 3), (0, 1)):
+        writer.write_rows("half", start, half[start:stop])
+    writer.complete("half", {"note": 1.5})
+    writer.write_rows("double", 0, torch.zeros(2, 3))
+    writer.write_rows("double", 1, TENSORS["double"][1:])
+    writer.write_rows("double", 0, TENSORS["double"][:1])
+    writer.complete("double")
+    for name in ("scalar", "empty", "bytes"):
+        writer.write(name, TENSORS[name])
+    place = writer.places["bytes"]
+    writer.close()
+    with place.file.open("r+b") as stream:
+        stream.seek(place.offset + place.nbytes - 1)
+        stream.write(b"\0")
+    again = begin(tmp_path)
+    assert again.pending == {"bytes", "flags", "quarter"}
+    assert again.notes == {"half": {"note": 1.5}, "double": None, "scalar": None, "empty": None}
+    for name in sorted(again.pending):
+        again.write(name, TENSORS[name])
+    again.finish()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert_equal({name: checkpoint.read(name) for name in checkpoint}, TENSORS)
+
+
 def test_missing_tensor_is_no_finished_checkpoint(tmp_path):
     writer = CheckpointWriter(tmp_path, layout(TENSORS))
     writer.write("half", TENSORS["half"])
