@@ -45,6 +45,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
 # What was written is flushed to disk in the background in pieces of this size, so that little is left at the end.
 FLUSH_BYTES = 1 << 27
+# What journals of unfinished files are called.
+JOURNALS = ".*.journal"
 # Files that hold their headers only so far, and what gets count bytes from an offset into them before they are read.
 PARTIAL_FILES: dict[Path, Callable[[int, int], None]] = {}
 
@@ -541,8 +543,11 @@ class CheckpointWriter:
         self.write_rows(name, 0, tensor)
         self.complete(name, note)
 
-    def finish(self) -> None:
+    def finish(self, keep_journal: bool = False) -> None:
         """Check that every tensor was written, flush the files to disk and write the index.
+
+        Args:
+            keep_journal: for a folder that may still be gone on with until more is written beside the files.
 
         Raises:
             RuntimeError: if a tensor is missing.
@@ -556,7 +561,8 @@ class CheckpointWriter:
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         self.close()
-        (self._folder / f".{self._stem}.journal").unlink()
+        if not keep_journal:
+            (self._folder / f".{self._stem}.journal").unlink()
         if len(self._streams) > 1:
             index = {
                 "metadata": {"total_size": sum(place.nbytes for place in self.places.values())},

@@ -1,6 +1,5 @@
 """The command line: `esmerge merge | compare | inspect | evaluate | ...`. Each command imports what it needs."""
 
-import errno
 import gc
 import logging
 import os
@@ -11,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from esmerge.errors import InputError, Interrupted
+from esmerge.errors import NO_ROOM, InputError, Interrupted
 
 app = typer.Typer(
     name="esmerge",
@@ -21,12 +20,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-_NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the result is larger than the file system or the limit of this process allows (see ulimit -f)",
-}
 
 
 def _quieten(quiet: bool) -> bool:
@@ -82,7 +75,9 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
     set_: Changes = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed merge into OUTPUT stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an unfinished merge into OUTPUT stopped.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -453,12 +448,12 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted(debug)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             kept = next(iter(getattr(error, "__notes__", ())), None)
             remedy = (
                 f"free some space: {kept}" if kept else "nothing was written: free some space or choose another output"
             )
-            _fail(f"{_NO_ROOM[error.errno]}; {remedy}.", 1, debug)
+            _fail(f"{NO_ROOM[error.errno]}; {remedy}.", 1, debug)
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)

@@ -1,6 +1,16 @@
 """Exceptions whose messages are for the user, and what is needed to write them."""
 
+import errno
 from collections.abc import Sequence
+
+# What is said of work that ended before its end.
+GOES_ON = "the same command with --resume goes on"
+# Errors of the system that tell of a place without room, and what is said of them.
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the result is larger than the file system or the limit of this process allows (see ulimit -f)",
+}
 
 
 class InputError(Exception):
@@ -8,6 +18,17 @@ class InputError(Exception):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+class WorkerKilled(InputError):  # noqa: N818, like Interrupted
+    """One of several processes that worked together was killed, and not by us.
+
+    Args:
+        remedy: what to do.
+    """
+
+    def __init__(self, remedy: str = "let one work at a time (OMP_NUM_THREADS=1)") -> None:
+        super().__init__(f"a process was killed, most likely because memory ran out: {remedy}.")
 
 
 class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt

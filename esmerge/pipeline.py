@@ -24,7 +24,7 @@ from esmerge.records import fingerprint, merge_record, pinned_inputs
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals
 from esmerge.specialists import Specialist, are_twins
-from esmerge.writing import Output, make_output, write_all
+from esmerge.writing import Output, full_bytes, make_output, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,13 @@ def merge(
     """Merge the specialists of a recipe into a model in the new folder `output`.
 
     Everything that headers and configs can tell is checked before anything is merged, and nothing is left behind if
-    anything fails. On a CPU the same inputs, recipe and versions give the same bytes; with a probe also the number of
-    threads must be the same, which the result's record states.
+    anything fails, except for what `resume` goes on from: tensors that are complete when Ctrl-C, a killed process or a
+    full disk ends the merge. On a CPU the same inputs, recipe and versions give the same bytes; with a probe also the
+    number of threads must be the same, which the result's record states.
 
     Args:
         progress: show progress bars.
-        resume: go on where a killed merge of the same recipe into the same folder stopped.
+        resume: go on where an unfinished merge of the same recipe into the same folder stopped.
         trust_remote_code: let the base's own code run.
 
     Returns:
@@ -49,11 +50,15 @@ def merge(
 
     Raises:
         InputError: if the recipe or one of its inputs is at fault.
+        Interrupted: at Ctrl-C, if `resume` can go on.
     """
     results.check_output(output)
     plan = make_plan(recipe, trust_remote_code)
+    if plan.recipe.output.format == "full":
+        results.check_room(output, full_bytes(plan))
     with ExitStack() as stack:
-        folder = stack.enter_context(results.staged_folder(output, fingerprint(plan), resume))
+        staged = results.staged_folder(output, fingerprint(plan), resume, same_threads=plan.recipe.needs_probe)
+        folder = stack.enter_context(staged)
         scratch = stack.enter_context(Scratch(folder))
         signals = _signals([plan], scratch, progress).get(reach_of(plan))
         merger = make_merger(plan, signals)
@@ -108,8 +113,10 @@ def compare(
     recipes = {name: override_recipe(recipe, fields, f"variant {name}") for name, fields in variants.items()}
     first = make_plan(next(iter(recipes.values())), trust_remote_code)
     plans = {name: with_recipe(first, variant) for name, variant in recipes.items()}
+    if recipe.output.format == "full":
+        results.check_room(output, sum(full_bytes(plan) for plan in plans.values()))
     with ExitStack() as stack:
-        folder = stack.enter_context(results.staged_folder(output, "", resume=False))
+        folder = stack.enter_context(results.staged_folder(output, None, resume=False))
         scratch = stack.enter_context(Scratch(folder))
         probed = [plan for plan in plans.values() if plan.recipe.needs_probe]
         _check_measures(probed)

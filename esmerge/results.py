@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor
 
 from esmerge import __version__
-from esmerge.checkpoint import Checkpoint, CheckpointWriter
-from esmerge.errors import InputError
+from esmerge.checkpoint import JOURNALS, Checkpoint, CheckpointWriter
+from esmerge.errors import GOES_ON, NO_ROOM, InputError, Interrupted, WorkerKilled
 from esmerge.hub import CHAT_TEMPLATES_FOLDER
 from esmerge.remote_code import code_files
 
@@ -46,20 +46,43 @@ def check_output(output: Path) -> None:
         raise InputError(f"the output {output} exists: choose another folder or remove it first.")
 
 
+def check_room(output: Path, nbytes: int) -> None:
+    """Raise `InputError` if the output's disk has no room for so many bytes.
+
+    What an unfinished run left there counts as room: it is either taken over or removed.
+    """
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    left = [entry.lstat().st_blocks * 512 for entry in _staged(output).rglob("*")]
+    needed, disk = nbytes - sum(left), shutil.disk_usage(place)
+    # Some file systems of other machines do not know their size.
+    if disk.total and needed > disk.free:
+        raise InputError(
+            f"the output {output} needs {needed / 1e9:.2f} GB, and its disk has {disk.free / 1e9:.2f} GB free: "
+            "free some space or choose another output."
+        )
+
+
+def _staged(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial"
+
+
 @contextmanager
-def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path]:
+def staged_folder(output: Path, fingerprint: str | None, resume: bool, same_threads: bool = False) -> Iterator[Path]:
     """A hidden folder beside `output` that takes its name at the end, or is removed if anything fails.
 
-    What a killed process left there is kept if `resume` is set and it was at the same work.
+    What a killed process left there is kept if `resume` is set and it was at the same work. So is what is complete when
+    the user, the end of memory or a full disk stops the work, of which the inputs know nothing.
 
     Args:
-        fingerprint: of the work.
+        fingerprint: of the work; None if nothing can go on with it.
+        same_threads: whether only as many threads can go on with it.
 
     Raises:
         InputError: if the folder cannot be written, another process is at it, or what is there is other work.
+        Interrupted: at Ctrl-C, if the work can be gone on with.
     """
     check_output(output)
-    staged = output.parent / f".{output.name}.partial"
+    staged = _staged(output)
     made = [folder for folder in (staged, *staged.parents) if not folder.exists()]
     try:
         staged.mkdir(parents=True, exist_ok=True)
@@ -81,15 +104,29 @@ def staged_folder(output: Path, fingerprint: str, resume: bool) -> Iterator[Path
         try:
             if not resume or not mark.exists():
                 _empty(staged)
-                mark.write_text(fingerprint)
+                mark.write_text(fingerprint or "")
             yield staged
-            for file in (mark, staged / ".lock"):
+            for file in (*staged.rglob(JOURNALS), mark, staged / ".lock"):
                 file.unlink()
             staged.rename(output)
-        except BaseException:
+        except BaseException as error:
+            if fingerprint is not None and any(journal.stat().st_size for journal in staged.glob(JOURNALS)):
+                _raise_resumable(error, f"{GOES_ON} from what is in {staged}", same_threads)
             shutil.rmtree(staged, ignore_errors=True)
             _remove_empty(made)
             raise
+
+
+def _raise_resumable(error: BaseException, goes_on: str, same_threads: bool) -> None:
+    """Raise an error that leaves what is complete as good as it was, with the sentence that tells how to go on."""
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(goes_on) from error
+    if isinstance(error, WorkerKilled):
+        remedy = "free some memory" if same_threads else "let one work at a time (OMP_NUM_THREADS=1)"
+        raise WorkerKilled(f"{remedy}; {goes_on}") from error
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        error.add_note(goes_on)
+        raise error
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import TMonitor
 
-from esmerge.errors import InputError
+from esmerge.errors import WorkerKilled
 
 # What a forked process does with an item. Closures cannot be sent to a process, but are there if it is forked later.
 _function: Callable[[int], Any] | None = None
@@ -53,7 +53,7 @@ def each(function: Callable[[int], Result], count: int, workers: int, processes:
         Each number and its result, once it is there.
 
     Raises:
-        InputError: if a process was killed.
+        WorkerKilled: if a process was killed.
     """
     if workers == 1:
         for number in range(count):
@@ -74,9 +74,7 @@ def each(function: Callable[[int], Result], count: int, workers: int, processes:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise InputError(
-                "a process was killed, most likely because memory ran out: let one work at a time (OMP_NUM_THREADS=1)."
-            ) from error
+            raise WorkerKilled from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

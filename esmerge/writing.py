@@ -18,6 +18,7 @@ from esmerge.checkpoint import PARTIAL_FILES, Checkpoint, CheckpointWriter
 from esmerge.deltas import Delta, LoraDelta, ValueDelta, is_finite
 from esmerge.encoders import (
     LLM_PREFIX,
+    Layout,
     copy_encoders,
     encoders_layout,
     write_mllm_files,
@@ -187,7 +188,7 @@ class AdapterOutput(Output):
             self.writer.complete(self._factor(target, letter), note if letter == "B" else None)
 
     def finish(self) -> dict[str, int]:
-        self.writer.finish()
+        self.writer.finish(keep_journal=True)
         base = self.plan.base
         # A commit is one of this very repository; others may know the base by another name.
         named = None if base.commit else _agreed(self.plan.specialists, "base_model_name_or_path")
@@ -228,17 +229,8 @@ class FullOutput(Output):
     def __init__(self, plan: Plan, merger: Merger, folder: Path, observe: Observe | None = None) -> None:
         super().__init__(plan, merger, folder, observe)
         self.targets = plan.targets
-        self._dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
-        # Around the LLM of a multimodal model there is one more module.
-        self._prefix = LLM_PREFIX if plan.is_multimodal else ""
-        layout = {
-            self.key(target): (
-                self._dtype if self._dtype and target.dtype.is_floating_point else target.dtype,
-                target.result_shape,
-            )
-            for target in plan.targets
-        }
-        self.writer = CheckpointWriter(folder, layout | encoders_layout(plan))
+        self._prefix = _prefix(plan)
+        self.writer = CheckpointWriter(folder, _full_layout(plan))
 
     def key(self, target: Target) -> str:
         return self._prefix + target.written
@@ -276,8 +268,9 @@ class FullOutput(Output):
     def finish(self) -> dict[str, int]:
         plan = self.plan
         encoders = copy_encoders(plan, self.writer)
-        self.writer.finish()
-        changes: dict[str, Any] = {"dtype": str(self._dtype).removeprefix("torch.")} if self._dtype else {}
+        self.writer.finish(keep_journal=True)
+        dtype = plan.recipe.output.dtype
+        changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
         if any(target.result_shape != target.shape for target in plan.targets):
             changes["vocab_size"] = plan.vocabulary.size
         if plan.untied:
@@ -291,6 +284,30 @@ class FullOutput(Output):
         merged = len(plan.merged)
         own_rows = sum(len(_owners(plan, target)) for target in plan.merged)
         return {"merged": merged, "copied": len(plan.targets) - merged, "own rows": own_rows, "encoders": encoders}
+
+
+def _prefix(plan: Plan) -> str:
+    """What names in a full checkpoint begin with: around the LLM of a multimodal model there is one more module."""
+    return LLM_PREFIX if plan.is_multimodal else ""
+
+
+def _full_layout(plan: Plan) -> Layout:
+    """The tensors of a full checkpoint."""
+    dtype = getattr(torch, plan.recipe.output.dtype) if plan.recipe.output.dtype else None
+    prefix = _prefix(plan)
+    own = {
+        prefix + target.written: (
+            dtype if dtype and target.dtype.is_floating_point else target.dtype,
+            target.result_shape,
+        )
+        for target in plan.targets
+    }
+    return own | encoders_layout(plan)
+
+
+def full_bytes(plan: Plan) -> int:
+    """How large a full checkpoint is."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in _full_layout(plan).values())
 
 
 # A target, and the outputs that want it.

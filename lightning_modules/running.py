@@ -15,8 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from esmerge.errors import InputError, Interrupted, first_line
-from lightning_modules.unfinished import GOES_ON
+from esmerge.errors import GOES_ON, InputError, Interrupted, first_line
 
 StrategyName = Literal["auto", "ddp", "fsdp"]
 _LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}

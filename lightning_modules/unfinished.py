@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from esmerge.errors import InputError, Interrupted
+from esmerge.errors import GOES_ON, InputError, Interrupted
 from esmerge.results import write_whole
 
-# What is said of work that ended before its end.
-GOES_ON = "the same command with --resume goes on"
 RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 

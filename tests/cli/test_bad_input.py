@@ -1176,7 +1176,6 @@ def test_debug_shows_the_traceback(inputs, esmerge_program, tmp_path):
 def test_full_disk(inputs, esmerge_program, tmp_path, size):
     disk = tmp_path / "disk"
     disk.mkdir()
-    inputs.recipe["output"] = {"format": "full"}
     script = """
         mount -t tmpfs -o size="$1" tmpfs "$2" && "$3" merge "$4" --quiet -o "$2/merged"
         code=$?
@@ -1250,29 +1249,47 @@ def test_read_only_output(inputs, esmerge_program, tmp_path, command):
 
 
 @MOUNTS
-def test_disk_that_fills_up_under_a_full_checkpoint(inputs, esmerge_program, tmp_path):
-    """The file has its whole size from the start, but no blocks: the disk fills up while tensors are written."""
+@pytest.mark.parametrize("command", ["merge", "compare"])
+def test_disk_without_room_for_a_full_checkpoint(inputs, esmerge_program, tmp_path, command):
+    """Is found out before anything is measured, merged or written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     to_full(inputs)
     inputs.recipe["coefficients"] = "uniform"
     size = (inputs / "base" / "model.safetensors").stat().st_size
+    options = ["--method=linear", "--method=ties"] if command == "compare" else []
     script = """
-        mount -t tmpfs -o size="$1" tmpfs "$2" && "$3" merge "$4" --quiet -o "$2/merged"
+        mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
+        program=$3 disk=$2; shift 3
+        "$program" "$@" --quiet -o "$disk/new/merged"
         code=$?
-        ls -A "$2"
+        ls -A "$disk"
         exit $code
     """
+    room = size * 3 // 2 if command == "compare" else size // 2
+    merge = [esmerge_program, command, inputs.save_recipe(), *options]
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", str(size // 2), disk, esmerge_program, inputs.save_recipe()],
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(room), disk, *merge],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("esmerge: the disk is full; nothing was written")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"esmerge: the output {disk}/new/merged needs 0.00 GB, and its disk has 0.00 GB free")
     assert done.stderr.count("\n") == 1
     assert not done.stdout, "something was left on the disk"
+
+
+def test_room_that_just_suffices(inputs, esmerge, tmp_path, monkeypatch):
+    inputs.recipe |= {"coefficients": "uniform", "output": {"format": "full", "dtype": "bfloat16"}}
+    needed = sum(tensor.numel() * 2 for tensor in load_file(inputs / "base" / "model.safetensors").values())
+    command = ["merge", inputs.save_recipe(), "--quiet", "-o", tmp_path / "merged"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(needed, 1, needed - 1))
+    code, _, err = esmerge(*command)
+    assert code == 2 and err.endswith("free some space or choose another output.\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(needed, 0, needed))
+    code, _, err = esmerge(*command)
+    assert (code, err) == (0, "")
 
 
 def test_limit_on_the_size_of_files(inputs, esmerge_program, tmp_path):

@@ -1,4 +1,4 @@
-"""A merge that was killed goes on where it stopped, and ends in the very files of one that was not."""
+"""A merge that was killed or stopped goes on from there, and ends in the very files of one that was not."""
 
 import contextlib
 import json
@@ -263,13 +263,14 @@ main()
         "pathlib.Path.rename",
     ],
 )
-def test_killed_after_the_last_tensor(tmp_path, project, undisturbed, merge, point):
+def test_killed_after_the_last_tensor(tmp_path, project, undisturbed, merge, written, point):
     output = tmp_path / "merged"
     run_until(point, ["merge", project / "recipe.yaml", "-o", output, "--quiet"])
     assert [path.name for path in tmp_path.iterdir()] == [".merged.partial"]
     merge(output, "--resume")
     assert files_of(output) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert not written or point == "pathlib.Path.rename"
 
 
 @pytest.fixture(scope="module")
@@ -460,4 +461,133 @@ def test_what_goes_wrong_in_a_forked_process_is_one_sentence(project, tmp_path, 
     command, environment = forked(patch, "merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
-    assert not (tmp_path / "merged").exists() and not running(tmp_path)
+    assert not list(tmp_path.iterdir()) and not running(tmp_path), "nothing was complete, so nothing is kept"
+
+
+GOES_ON = "the same command with --resume goes on from what is in {}/.merged.partial.\n"
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=needs_fork)])
+def test_interrupted(project, undisturbed, merge, written, tmp_path, processes):
+    output = tmp_path / "merged"
+    command, environment = forked("", "merge", project / "recipe.yaml", "-o", output, "--quiet")
+    with subprocess.Popen(command, env=environment | threads(processes), stderr=subprocess.PIPE, text=True) as process:
+        while len(journal_of(output)) < 5:
+            assert process.poll() is None, "it ended before it could be interrupted"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said == "\nesmerge: interrupted; " + GOES_ON.format(tmp_path)
+    done = journal_of(output)
+    assert 5 <= len(done) < TENSORS
+    merge(output, "--resume")
+    assert files_of(output) == undisturbed
+    assert len(written) == TENSORS - len(done)
+
+
+def test_interrupted_while_a_resumed_merge_measures_its_signals(
+    tmp_path, with_signals, undisturbed_signals, esmerge_program
+):
+    """What the first run completed stays."""
+    output = tmp_path / "merged"
+    kill_after(5, output, esmerge_program, with_signals)
+    patch = "import signal, esmerge.gradients; esmerge.gradients.dense_score = lambda *_: signal.raise_signal(2)"
+    resumed = ["merge", with_signals, "-o", output, "--quiet", "--resume"]
+    command, environment = forked(patch, *resumed)
+    done = subprocess.run(command, env=environment | threads(1), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nesmerge: interrupted; " + GOES_ON.format(tmp_path))
+    assert len(journal_of(output)) >= 5
+    subprocess.run([esmerge_program, *resumed], env=environment | threads(1), check=True)
+    assert files_of(output) == undisturbed_signals
+
+
+# As memory that runs out, once the largest tensors are complete.
+KILLED = """
+write = esmerge.writing.FullOutput.write
+def die(output, target, stream):
+    if target.name == "layers.2.self_attn.q_proj.weight":
+        os.kill(os.getpid(), 9)
+    write(output, target, stream)
+esmerge.writing.FullOutput.write = die
+"""
+
+
+@needs_fork
+def test_killed_process_of_several(project, undisturbed, esmerge_program, tmp_path):
+    """What the message says helps."""
+    command, environment = forked(KILLED, "merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "esmerge: a process was killed, most likely because memory ran out: let one work at a time "
+        "(OMP_NUM_THREADS=1); " + GOES_ON.format(tmp_path)
+    )
+    assert 0 < len(journal_of(tmp_path / "merged")) < TENSORS
+    again = [esmerge_program, *command[3:], "--resume"]
+    subprocess.run(again, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert files_of(tmp_path / "merged") == undisturbed
+
+
+@needs_fork
+def test_killed_process_of_several_after_a_probe(with_signals, esmerge_program, tmp_path):
+    """Nothing is said of another number of threads, with which it could not be gone on."""
+    command, environment = forked(KILLED, "merge", with_signals, "-o", tmp_path / "merged", "--quiet")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "esmerge: a process was killed, most likely because memory ran out: free some memory; "
+        + GOES_ON.format(tmp_path)
+    )
+    plain = [esmerge_program, "merge", with_signals, "--quiet", "-o"]
+    subprocess.run([*plain, tmp_path / "merged", "--resume"], env=environment, check=True)
+    subprocess.run([*plain, tmp_path / "undisturbed"], env=environment, check=True)
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "undisturbed")
+
+
+def test_interrupted_comparison(project, tmp_path):
+    """There is no going on with one, so nothing stays."""
+    patch = "import signal; esmerge.writing.results.copy_model_files = lambda *_: signal.raise_signal(2)"
+    options = ["-o", tmp_path / "merged", "--quiet", "--method=linear", "--method=ties"]
+    command, environment = forked(patch, "compare", project / "recipe.yaml", *options)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nesmerge: interrupted; nothing was written.\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="needs to mount a small disk in a namespace of its own",
+)
+def test_disk_that_fills_up(project, undisturbed, esmerge_program, tmp_path):
+    """With a file of someone else. What is complete needs no room again."""
+    size = len(undisturbed[Path("model.safetensors")])
+    (tmp_path / "disk").mkdir()
+    patch = f"""
+import esmerge.pipeline
+write_all = esmerge.pipeline.write_all
+def fill(*arguments):
+    with open("disk/other", "wb") as file:
+        file.write(bytes({3 * size // 2}))
+    write_all(*arguments)
+esmerge.pipeline.write_all = fill
+"""
+    script = """
+        mount -t tmpfs -o size="$1" tmpfs disk
+        "$2" -c "$3" merge "$4" --quiet -o disk/merged
+        echo $?
+        truncate -s 0 disk/other && head -c "$5" /dev/zero > disk/other
+        "$6" merge "$4" --quiet -o disk/merged --resume && cp -r disk/merged .
+    """
+    arguments = [2 * size, sys.executable, FORKED.format(patch=patch), project / "recipe.yaml", size * 3 // 4]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, arguments), esmerge_program],
+        cwd=tmp_path,
+        env=os.environ | threads(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "esmerge: the disk is full; free some space: " + GOES_ON.format("disk")
+    assert done.stdout == f"1\ndisk/merged: {TENSORS} tensors merged, 0 copied from the base\n"
+    assert files_of(tmp_path / "merged") == undisturbed
