@@ -22,8 +22,8 @@ from esmerge.scores import Score, Spooled, row_blocks
 
 # Deltas of a tensor up to this size are kept between the passes over it; those of a larger one are made again.
 _KEPT_BYTES = 64 << 20
-# To match a block takes all inputs of the layer, whatever its height: few tall ones.
-_MATCHED_ELEMENTS = 1 << 22
+# To match a block takes all inputs of the layer, whatever its height: so many are matched together.
+_MATCHED_TOGETHER = 16
 
 # What methods on whole tensors take for an element of each delta, all that they make of it included.
 _WHOLE_BYTES = 24
@@ -344,7 +344,7 @@ def merged_blocks(
             yield start, stop, b[start:stop] @ a, None
         return
     if (matcher := merger.matcher(name, layer, stream.device)) is not None:
-        for start, stop in row_blocks(stream.shape, _MATCHED_ELEMENTS):
+        for start, stop in row_blocks(stream.shape, _MATCHED_TOGETHER):
             base = stream.base(start, stop)
             block = stream.kept_block(start, stop) if stream.several else stream.block(start, stop, base)
             _check_finite(block)

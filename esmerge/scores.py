@@ -19,10 +19,13 @@ BLOCK_ELEMENTS = 1 << 18
 _READ_ONCE_BYTES = 64 << 20
 
 
-def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cut a tensor of `shape` into blocks of about so many elements; a scalar is one row."""
+def row_blocks(shape: Sequence[int], together: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cut a tensor of `shape` into blocks of about `BLOCK_ELEMENTS`, or so many of these together.
+
+    A scalar is one row.
+    """
     rows = shape[0] if shape else 1
-    height = max(1, elements // max(1, math.prod(shape[1:])))
+    height = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:]))) * together
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 

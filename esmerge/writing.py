@@ -70,7 +70,7 @@ class Output:
         self.device = torch.device(plan.recipe.device)
         self.factors = plan.lora_specialists() if plan.recipe.space == "factors" else None
         self.folded = self.factors is not None and not _common_scaling(self.factors)
-        self._observe = observe
+        self.observe = observe
 
     def key(self, target: Target) -> str:
         """The tensor whose completion says that a target is done."""
@@ -131,13 +131,13 @@ class Output:
         self.writer.write_rows(key, start, rows)
 
     def _show(self, target: Target, stream: TensorStream, start: int, stop: int, merged: Tensor) -> None:
-        if self._observe is None:
+        if self.observe is None:
             return
         # A method that takes whole tensors gives a whole one; deltas are kept in blocks.
         for first, last in stream.spans:
             if start <= first and last <= stop:
                 part = merged[first - start : last - start] if merged.dim() else merged
-                self._observe(target.name, part, stream.kept_block(first, last))
+                self.observe(target.name, part, stream.kept_block(first, last))
 
 
 class AdapterOutput(Output):
@@ -180,7 +180,7 @@ class AdapterOutput(Output):
             rank, scaling = self._ranks[self._module(target)][0], 1.0
             b, a = merge_low_rank(self.merger, target.name, target.layer, stream, rank)
             note = self._note(target.name)
-        if self._observe is not None:
+        if self.observe is not None:
             for start, stop in stream.spans:
                 self._show(target, stream, start, stop, b[start:stop] @ a * scaling)
         for letter, factor in (("A", a), ("B", b)):
@@ -251,7 +251,7 @@ class FullOutput(Output):
             note = self._factor_notes(target)
         elif (summed := summed_blocks(self.merger, target.name, target.layer, stream)) is not None:
             for start, stop, rows in summed:
-                if self._observe is not None:
+                if self.observe is not None:
                     self._show(target, stream, start, stop, rows - stream.base(start, stop))
                 self._write_rows(target, self.key(target), start, rows)
             note = self._note(target.name)
@@ -401,7 +401,8 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
         workers = 1
     total = sum(map(_bytes, groups))
     # Of several outputs, what is read is shared and statistics are taken: that stays in one process.
-    forked = workers > 1 and len(outputs) == 1 and total >= FORKED_BYTES and not PARTIAL_FILES and can_fork(device)
+    single = len(outputs) == 1 and outputs[0].observe is None
+    forked = workers > 1 and single and total >= FORKED_BYTES and not PARTIAL_FILES and can_fork(device)
     # Half of it, as some is not given back at once.
     budget = MemoryBudget(available_memory(device) // 2, forked)
     for output in outputs:

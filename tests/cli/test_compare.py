@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -185,6 +186,37 @@ def test_statistics_of_adapters_are_those_of_what_was_written(llama, recipe, tmp
     assert found["linear"].deltas.cosines == pytest.approx(cosines, abs=1e-5)
     assert found["linear"].deltas.sign_conflicts == pytest.approx(conflicts, abs=1e-3)
     assert found["ties"].kept_energy < 1
+
+
+def test_statistics_of_matched_weights_are_those_of_all_their_rows(llama, recipe, tmp_path, monkeypatch):
+    """Matched in taller blocks than statistics are taken in, of a height that these need not divide."""
+    monkeypatch.setattr("esmerge.scores.BLOCK_ELEMENTS", 3 * 32)
+    monkeypatch.setattr("esmerge.merging._MATCHED_TOGETHER", 2)
+    for name in recipe["specialists"]:
+        base = AutoModelForCausalLM.from_pretrained(llama / "base", dtype=torch.float32)
+        PeftModel.from_pretrained(base, llama / name).merge_and_unload().save_pretrained(tmp_path / name)
+        recipe["specialists"][name] = {"model": str(tmp_path / name)}
+    recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+    variants = {"matching": {"method": "embedding_matching"}}
+    found = compare(parse_recipe(recipe, llama), variants, tmp_path / "compared", progress=False)
+    merged = load_file(tmp_path / "compared" / "matching" / "model.safetensors")
+    base = load_file(llama / "base" / "model.safetensors")
+    squares = sum(float((merged[name].double() - own.double()).square().sum()) for name, own in base.items())
+    assert found["matching"].deltas.norm == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_one_variant_is_compared_in_one_process(llama, recipe, tmp_path, monkeypatch):
+    """Statistics would stay in forked ones."""
+    monkeypatch.setattr("esmerge.writing.FORKED_BYTES", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        content = parse_recipe(recipe | {"coefficients": "uniform", "output": {"format": "full"}}, llama)
+        found = compare(content, {"only": {"method": "linear"}}, tmp_path / "compared", progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["only"].deltas.norm > 0
 
 
 def test_table_shows_the_statistics(esmerge, recipe_file, tmp_path, wide, deltas):
