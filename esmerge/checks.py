@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from esmerge.configs import difference, kind_of
 from esmerge.errors import InputError, some_of
+from esmerge.hub import is_repo_id
 from esmerge.methods import METHODS
 from esmerge.modalities import Modality, TextModality
 from esmerge.modalities.modality import MissingPackageError, check_name, with_encoder
@@ -44,15 +45,28 @@ def check_origin(base: Source, specialists: Sequence[Specialist]) -> None:
             raise InputError(
                 f"{specialist.name} has {field} {own}, the base {expected}: specialists must be trained from the base."
             )
+    _check_named_bases(base, specialists)
+
+
+def _check_named_bases(base: Source, specialists: Sequence[Specialist]) -> None:
+    """Warn of what adapters say of their base, where it is not what the recipe or the others say."""
     named = {
-        str(specialist.config.get("base_model_name_or_path"))
+        specialist.name: str(specialist.config["base_model_name_or_path"])
         for specialist in specialists
         if isinstance(specialist, LoraSpecialist) and specialist.config.get("base_model_name_or_path")
     }
-    if len(named) > 1:
+    # Repositories are found whatever the case of their names.
+    other = {n: own for n, own in named.items() if is_repo_id(own) and own.lower() != base.reference.lower()}
+    if base.commit and other:
+        logger.warning(
+            "the base is %s, but some adapters say that they were trained from another (%s); their shapes fit",
+            base.reference,
+            ", ".join(f"{name}: {own}" for name, own in other.items()),
+        )
+    elif len(set(named.values())) > 1:
         logger.warning(
             "the adapters say that they were trained from different bases (%s); their shapes fit",
-            ", ".join(sorted(named)),
+            ", ".join(sorted(set(named.values()))),
         )
 
 

@@ -34,6 +34,7 @@ CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
 _FOLDERS = ("modalities", CHAT_TEMPLATES_FOLDER)
 _MARKERS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE = re.compile(
     r"hf://(?:(?P<kind>datasets|models)/)?(?P<repo>(?!datasets/|models/|spaces/)[^/@]+/[^/@]+)"
     r"(?:@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/]+))?/(?P<path>.+)"
@@ -97,6 +98,11 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     """`user/repo@revision` -> the repository, and the revision if there is one."""
     repo_id, _, revision = reference.removeprefix("hf://").removeprefix("models/").partition("@")
     return repo_id, revision or None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be that of a repository, `user/repo`; that of a folder can look the same."""
+    return bool(_REPO_ID.fullmatch(name))
 
 
 def is_commit(revision: str | None) -> bool:

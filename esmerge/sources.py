@@ -89,6 +89,11 @@ def is_on_hub(reference: str, relative_to: Path) -> bool:
     return reference.startswith("hf://") or not (relative_to / Path(reference).expanduser()).is_dir()
 
 
+def absolute(path: Path) -> Path:
+    """A path from the root on. Its last name may be a link's, as of a file in the Hub's cache, where it tells more."""
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
 def pinned(reference: str, relative_to: Path, field: str) -> str:
     """A reference to a Hub repository with its commit as the revision; one to a folder as it is."""
     if _local(reference, relative_to, field) is not None:

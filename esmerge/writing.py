@@ -25,6 +25,7 @@ from esmerge.encoders import (
     write_modalities,
 )
 from esmerge.errors import InputError
+from esmerge.hub import is_repo_id
 from esmerge.memory import MemoryBudget, available_memory
 from esmerge.merging import (
     Merger,
@@ -37,6 +38,7 @@ from esmerge.merging import (
 )
 from esmerge.plan import Plan
 from esmerge.scores import BLOCK_ELEMENTS, row_blocks
+from esmerge.sources import absolute, is_on_hub
 from esmerge.specialists import LoraSpecialist, Specialist
 from esmerge.targets import Target
 from esmerge.vocabulary import write_tokenizer
@@ -189,14 +191,11 @@ class AdapterOutput(Output):
 
     def finish(self) -> dict[str, int]:
         self.writer.finish(keep_journal=True)
-        base = self.plan.base
-        # A commit is one of this very repository; others may know the base by another name.
-        named = None if base.commit else _agreed(self.plan.specialists, "base_model_name_or_path")
         config = results.adapter_config(
             self._ranks,
             list(self.plan.checkpoint),
-            named or base.reference,
-            base.commit,
+            _base_name(self.plan),
+            self.plan.base.commit,
             _agreed(self.plan.specialists, "task_type") or "CAUSAL_LM",
         )
         results.write_json(self.folder / "adapter_config.json", config)
@@ -215,6 +214,22 @@ def _common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:
     """Whether all specialists scale every module alike, so that their B factors compare as they are."""
     first = specialists[0]
     return all(other.scaling(name) == first.scaling(name) for other in specialists[1:] for name in first.modules)
+
+
+def _base_name(plan: Plan) -> str:
+    """What the result calls its base: a repository, where recipe or adapters name one, or the folder it was read from.
+
+    It does not depend on the current folder.
+    """
+    if plan.base.commit:
+        # It is one of this very repository; others may know the base by another name.
+        return plan.base.reference
+    named = _agreed(plan.specialists, "base_model_name_or_path")
+    # Adapters also name a folder of the machine that trained them, or one relative to where that was done.
+    folder = absolute(plan.recipe.folder)
+    if named and is_repo_id(named) and all(is_on_hub(named, place) for place in (folder, *folder.parents)):
+        return named
+    return str(absolute(plan.base.folder))
 
 
 def _agreed(specialists: Sequence[Specialist], field: str) -> str | None:

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd
 from esmerge.checkpoint import PICKLE_SUFFIXES
 from esmerge.errors import InputError
 from esmerge.figures import FIGURES_FOLDER
-from esmerge.hub import CHAT_TEMPLATES_FOLDER
+from esmerge.hub import CHAT_TEMPLATES_FOLDER, is_repo_id
 from esmerge.modalities.registry import MODALITIES_FOLDER
 from esmerge.remote_code import code_files
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, TOKENIZER_FILES, record_text
@@ -22,7 +22,7 @@ from esmerge.sources import read_json
 from hub_cards.card import CARD_FILE, Card
 from hub_cards.loading_check import check_loads
 from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
-from hub_cards.parents import REPO_ID, Parent
+from hub_cards.parents import Parent
 from hub_cards.portable import portable
 from hub_cards.scores import EVAL_RESULTS_FOLDER, RESULTS_FOLDER
 
@@ -178,7 +178,7 @@ def _without_names(value: Any) -> Any:
         return {
             key: _without_names(entry)
             for key, entry in value.items()
-            if key not in ("_name_or_path", "name_or_path") or REPO_ID.fullmatch(str(entry))
+            if key not in ("_name_or_path", "name_or_path") or is_repo_id(str(entry))
         }
     return [_without_names(entry) for entry in value] if isinstance(value, list) else value
 

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from esmerge.errors import InputError, first_line
+from esmerge.hub import is_repo_id
 from esmerge.sources import checkpoint_hash
 from hub_cards.licences import Licence, read_licence
 from hub_cards.merged_model import MergedModel
 
 logger = logging.getLogger(__name__)
 
-REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SNAPSHOT = re.compile(r"models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _BIBTEX = re.compile(r"^```[\w ]*\r?\n(@\w+\s*\{.*?\})\s*\r?\n```", re.DOTALL | re.MULTILINE)
@@ -71,10 +71,10 @@ def parents_of(model: MergedModel, base_model: str | None = None) -> list[Parent
     named = str(model.config.get("base_model_name_or_path") or "") if model.is_adapter else ""
     if base_model is not None:
         repo_id, _, revision = base_model.partition("@")
-        if not REPO_ID.fullmatch(repo_id):
+        if not is_repo_id(repo_id):
             raise InputError(f"--base-model {base_model} is no Hub id: write user/base or user/base@revision.")
         base = replace(base, name=repo_id, repo_id=repo_id, commit=revision or None)
-    elif base.repo_id is None and named != base.source and REPO_ID.fullmatch(named) and not Path(named).exists():
+    elif base.repo_id is None and named != base.source and is_repo_id(named) and not Path(named).exists():
         # The specialists know the local base by its name on the Hub.
         base = replace(base, name=named, repo_id=named, commit=model.config.get("revision"))
     specialists = [_identify(role, pin) for role, pin in inputs["specialists"].items()]
