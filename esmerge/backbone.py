@@ -41,29 +41,15 @@ class Backbone:
         checkpoint: Checkpoint | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.folder = folder
         self.device = usable_device(device)
         self.checkpoint = checkpoint or Checkpoint.open(folder)
         self.dtype = dtype or _probe_dtype(self.checkpoint, self.device)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            config.use_cache = False
-            # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
-                ).eval()
-        except (ValueError, KeyError, OSError, ImportError) as error:
-            raise InputError(
-                f"{folder}: transformers cannot build a causal LM from its config.json: {error}"
-            ) from error
+        self.model = _empty_model(folder, self.dtype, trust_remote_code)
         self.body: nn.Module = self.model.base_model
         stored = [name for name in self.checkpoint if not is_rotary(name)]
         self._stored = canonical_names(stored, str(folder))
-        self.layers_name, self.layers = _decoder_layers(self.model, config.num_hidden_layers)
+        self.layers_name, self.layers = _decoder_layers(self.model, self.model.config.num_hidden_layers)
         embedding = self.model.get_input_embeddings()
         self._embedding_name = _name_of(self.model, embedding)
         outer = set(self.layers.modules()) | {embedding}
@@ -231,6 +217,37 @@ class Backbone:
     @property
     def _inner_layers(self) -> str:
         return self.layers_name.removeprefix(f"{self.model.base_model_prefix}.") + "."
+
+
+def _empty_model(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """The model of a folder's config.json, without weights; `InputError` if transformers knows none of that kind."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config.use_cache = False
+        # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot build a causal LM from its config.json: {error}") from error
+
+
+def module_names(folder: Path, trust_remote_code: bool = False) -> dict[str, list[str]]:
+    """Canonical name of each weight -> the modules that have it, as the model of a folder's config.json calls them.
+
+    Empty where transformers knows no such model.
+    """
+    try:
+        model = _empty_model(folder, None, trust_remote_code)
+    except InputError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if name.endswith(".weight"):
+            found.setdefault(canonical_name(name), []).append(name.removesuffix(".weight"))
+    return found
 
 
 def run_layer(layer: nn.Module, hidden_states: Tensor, arguments: LayerArguments) -> Tensor:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from esmerge.backbone import module_names
 from esmerge.checkpoint import Checkpoint
 from esmerge.checks import (
     check_count,
@@ -280,6 +281,30 @@ def _fit_adapter(plan: Plan) -> Plan:
                         "cannot hold; use output.format: full."
                     )
             target = replace(target, changed=(None,) * len(plan.specialists))
+        targets.append(target)
+    return _with_modules(replace(plan, targets=targets))
+
+
+def _with_modules(plan: Plan) -> Plan:
+    """What is merged under the names of the base's modules, where PEFT looks for them.
+
+    The base's checkpoint can have others, and so can adapters of a model that held the base when they were trained.
+    """
+    told = {t.name: {s.modules[t.name] for s in plan.specialists if t.name in s.modules} for t in plan.merged}
+    stored = {target.name: target.stored.removesuffix(".weight") for target in plan.merged}
+    usual = {target.name: f"model.{target.name.removesuffix('.weight')}" for target in plan.merged}
+    # Where both agree there is nothing to find out, which would take longer than a small merge.
+    agreed = all((told[name] or {usual[name]}) == {stored[name]} for name in told)
+    known = {} if agreed else module_names(plan.base.folder, plan.trust_remote_code)
+    targets = []
+    for target in plan.targets:
+        if target.merged:
+            likely = [*sorted(told[target.name]), stored[target.name]]
+            found = known.get(target.name, [])
+            module = likely[0] if len(told[target.name]) == 1 else stored[target.name]
+            if found:
+                module = next((name for name in likely if name in found), found[0])
+            target = replace(target, written=f"{module}.weight")
         targets.append(target)
     return replace(plan, targets=targets)
 

@@ -26,7 +26,7 @@ class Target:
     Attributes:
         name: canonical.
         stored: its name in the base's checkpoint, where its values are merged from.
-        written: its name in the result.
+        written: its name in the result; of an adapter, that of the module's weight.
         dtype, shape: as the base has it.
         rows: of the result; more than the base's where specialists have tokens of their own.
         changed: per specialist the canonical name of the delta that it adds here; None if it adds none.

@@ -166,9 +166,7 @@ class AdapterOutput(Output):
         return self._factor(target, "B")
 
     def _module(self, target: Target) -> str:
-        """The module's name as the adapters have it, or as the base's checkpoint does."""
-        names = {s.modules[target.name] for s in self.plan.specialists if target.name in s.modules}
-        return names.pop() if len(names) == 1 else target.stored.removesuffix(".weight")
+        return target.written.removesuffix(".weight")
 
     def _factor(self, target: Target, letter: str) -> str:
         return f"base_model.model.{self._module(target)}.lora_{letter}.weight"

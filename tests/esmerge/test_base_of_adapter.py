@@ -5,8 +5,15 @@ import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from esmerge.pipeline import merge as run_merge
 from esmerge.recipe import parse_recipe
@@ -151,3 +158,73 @@ class TestWarnings:
     def test_none_without_cause(self, trained_on, warnings, own, base):
         trained_on(own)
         assert not warnings(base)
+
+
+@pytest.fixture
+def trained_in_llava(world):
+    """A function that replaces the adapters by those of a vision-language model with the base in it.
+
+    Args of the function: what comes before `layers` in the names of the base's modules.
+    """
+
+    def train(prefix):
+        text = LlamaConfig.from_pretrained(world / "base")
+        vision = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        )
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(world / "llava")
+        for seed, name in enumerate(NAMES):
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_pretrained(world / "llava")
+            settings = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|up_proj)", task_type="CAUSAL_LM")
+            adapted = get_peft_model(model, settings)
+            with torch.no_grad():
+                for parameter_name, parameter in adapted.named_parameters():
+                    if "lora_" in parameter_name:
+                        parameter.copy_(torch.randn_like(parameter) * 0.1)
+            shutil.rmtree(world / name)
+            adapted.save_pretrained(world / name)
+            file = world / name / "adapter_model.safetensors"
+            trained = {key.replace("model.language_model.", prefix): value for key, value in load_file(file).items()}
+            save_file(trained, file, metadata={"format": "pt"})
+
+    return train
+
+
+class TestModules:
+    # As PEFT saves them from transformers 5 and from 4.
+    @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+    def test_of_adapters_trained_in_a_vision_language_model(
+        self, world, trained_in_llava, merged, assert_loads, prefix
+    ):
+        trained_in_llava(prefix)
+        for name in NAMES:
+            assert any(f".{prefix}layers.0." in key for key in load_file(world / name / "adapter_model.safetensors"))
+        folder = merged()
+        # PEFT finds the text model's adapters by the names that it has for its modules.
+        for name in NAMES:
+            file = world / name / "adapter_model.safetensors"
+            save_file({k.replace(prefix, "model."): v for k, v in load_file(file).items()}, file)
+            config = {**config_of(world / name), "target_modules": ["q_proj", "up_proj"]}
+            (world / name / "adapter_config.json").write_text(json.dumps(config))
+        assert_loads(folder)
+
+    def test_of_a_base_whose_checkpoint_calls_them_otherwise(self, world, merged, assert_loads):
+        """Saved from the decoder alone, as transformers loads it into a causal LM all the same."""
+        tensors = load_file(world / "base" / "model.safetensors")
+        config = json.loads((world / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (world / "base" / "config.json").write_text(json.dumps(config))
+        bare = {key.removeprefix("model."): value for key, value in tensors.items() if key != "lm_head.weight"}
+        save_file(bare, world / "base" / "model.safetensors", metadata={"format": "pt"})
+        assert_loads(merged())
+        base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+        for name in NAMES:
+            whole = PeftModel.from_pretrained(base, world / name).merge_and_unload()
+            whole.save_pretrained(world / f"{name}-full")
+            base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+        specialists = {name: f"../{name}-full" for name in NAMES}
+        folder = merged(name="of-full", specialists=specialists, output={"rank": 12})
+        plain = AutoPeftModelForCausalLM.from_pretrained(world.parent / "merged", dtype=torch.float32)
+        found = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(logits(found), logits(plain), rtol=1e-4, atol=1e-4)
