@@ -10,7 +10,7 @@ from esmerge.configs import FLOAT8, ties_embeddings
 from esmerge.errors import InputError
 from esmerge.names import layer_of, natural_order
 from esmerge.sources import Source
-from esmerge.specialists import FullSpecialist, Specialist
+from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist
 from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, embeddings_of
 from esmerge.vocabulary import Vocabulary, join_vocabularies
 
@@ -76,6 +76,9 @@ def match_targets(
     # Where the base's config ties what its tensors do not, transformers believes the tensors.
     untied = not tied and embeddings is not None and ties_embeddings(base.config())
     if tied:
+        for specialist in specialists:
+            if isinstance(specialist, LoraSpecialist):
+                specialist.tied = embeddings
         # PEFT saves the output embeddings of such adapters once more.
         changes = [c - set(OUTPUT_EMBEDDINGS) if follows else c for c, follows in zip(changes, ties, strict=True)]
         # Tied embeddings stay tied only if every specialist changes both alike.

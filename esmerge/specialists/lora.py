@@ -73,6 +73,8 @@ class LoraSpecialist:
         encoder: of its modality, if it brings one.
         left_out: how many of its tensors the result does without, by what they are.
         frozen: canonical name of each of the base's tensors that is stored beside the adapter -> the tensor stored.
+        tied: canonical name of the input embeddings that the base's output embeddings are; None where it has both, or
+            that is not known yet.
 
     Args:
         config: as PEFT has it, where there is no adapter_config.json.
@@ -102,6 +104,7 @@ class LoraSpecialist:
         self.encoder = encoder
         self.left_out = dict(left_out or {})
         self.frozen = dict(frozen or {})
+        self.tied: str | None = None
         self._config_file = config_file or folder / "adapter_config.json"
         self.config: Mapping[str, Any] = read_json(self._config_file) if config is None else config
         _check_type(self.config, self._config_file)
@@ -265,13 +268,20 @@ class LoraSpecialist:
             branch = self._branch_bias(name)
             return SumDelta(stored, branch) if branch else stored
         if name in self._tokens:
-            values = self._read(self._tokens[name])
-            return RowDelta(self._token_indices(name, len(values)), values, shape)
+            return self._token_delta(name, shape)
         if name not in self._parts:
             branch = self._branch_bias(name)
             assert branch is not None
             return branch
-        return self._factor_delta(name)
+        factors = self._factor_delta(name)
+        # PEFT puts tokens trained in tied embeddings under the factors of the output embeddings, too.
+        if name in OUTPUT_EMBEDDINGS and self.tied in self._tokens:
+            return SumDelta(self._token_delta(self.tied, shape), factors)
+        return factors
+
+    def _token_delta(self, name: str, shape: tuple[int, ...]) -> RowDelta:
+        values = self._read(self._tokens[name])
+        return RowDelta(self._token_indices(name, len(values)), values, shape)
 
     def _branch_bias(self, name: str) -> ShiftDelta | None:
         weight = name.removesuffix("bias") + "weight"

@@ -168,6 +168,8 @@ class TestAdapters:
             ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
             ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, False),
             ({"trainable_token_indices": [3, 7]}, False),
+            ({"trainable_token_indices": [3, 7], "target_modules": ["q_proj", "lm_head"]}, True),
+            ({"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [4]}}, True),
             ({}, False),
         ],
         ids=[
@@ -178,6 +180,8 @@ class TestAdapters:
             "saved embeddings kept tied",
             "embeddings by LoRA kept tied",
             "trained tokens",
+            "trained tokens under a head by LoRA",
+            "other trained tokens at each end",
             "neither",
         ],
     )
