@@ -307,7 +307,7 @@ class LoraSpecialist:
         if isinstance(stated, dict):
             module = name.removesuffix(".weight").rpartition(".")[2]
             stated = stated.get(module)
-        if not isinstance(stated, list) or len(stated) != count:
+        if not isinstance(stated, list) or len(stated) != count or not all(type(token) is int for token in stated):
             raise InputError(
                 f"{self.folder}: {self._tokens[name]} holds {count} trained tokens, which adapter_config.json "
                 f"(trainable_token_indices) does not name."
@@ -337,8 +337,30 @@ def _check_type(config: Mapping[str, Any], file: Path) -> None:
             f"{file}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged: {_AS_FULL_CHECKPOINT}."
         )
     for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float) or config[field] <= 0:
+        if not _is_number(config.get(field)) or config[field] <= 0:
             raise InputError(f"{file}: {field} is {config.get(field)!r}, expected a positive number.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(config.get(field) or {}, f"{file}: {field}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    """Find out whether a rank_pattern or alpha_pattern can be read as PEFT reads it."""
+    if not isinstance(pattern, dict):
+        raise InputError(f"{where} is {pattern!r}, expected a mapping from names of modules to numbers.")
+    for key, value in pattern.items():
+        try:
+            re.compile(_key_pattern(key))
+        except re.error as error:
+            raise InputError(
+                f"{where} has {key!r}, which is no regular expression ({error.msg}): write .* for any text, as in "
+                "'.*q_proj'."
+            ) from error
+        if not _is_number(value):
+            raise InputError(f"{where} is {value!r} for {key!r}, expected a number.")
 
 
 def _check_variant(config: Mapping[str, Any], file: Path) -> None:
@@ -376,6 +398,10 @@ def _check_variant(config: Mapping[str, Any], file: Path) -> None:
 def _from_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value that a rank_pattern or alpha_pattern gives a module, by PEFT's own matching rule."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_key_pattern(key), module):
             return value
     return default
+
+
+def _key_pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"

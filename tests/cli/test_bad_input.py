@@ -290,6 +290,56 @@ def test_initialisation_that_leaves_the_base_alone(inputs, esmerge, tmp_path, in
     assert (code, err) == (0, "")
 
 
+CONFIGS = {
+    "pattern that is no regular expression": (
+        {"rank_pattern": {"*q_proj": 4}},
+        "rank_pattern has '*q_proj', which is no regular expression (nothing to repeat): write .* for any text",
+    ),
+    "bracket that is never closed": (
+        {"alpha_pattern": {"layers.[01": 4}},
+        "alpha_pattern has 'layers.[01', which is no regular expression (unterminated character set)",
+    ),
+    "pattern without a number": (
+        {"alpha_pattern": {"q_proj": None}},
+        "alpha_pattern is None for 'q_proj', expected a number.",
+    ),
+    "pattern that is not a number": (
+        {"alpha_pattern": {"q_proj": float("nan")}},
+        "alpha_pattern is nan for 'q_proj', expected a number.",
+    ),
+    "pattern with a number in quotes": (
+        {"rank_pattern": {"q_proj": "4"}},
+        "rank_pattern is '4' for 'q_proj', expected a number.",
+    ),
+    "list of patterns": (
+        {"rank_pattern": ["q_proj"]},
+        "rank_pattern is ['q_proj'], expected a mapping from names of modules to numbers.",
+    ),
+    "alpha that is not a number": ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a positive number."),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a positive number."),
+    "alpha that is a switch": ({"lora_alpha": True}, "lora_alpha is True, expected a positive number."),
+    "no rank": ({"r": None}, "r is None, expected a positive number."),
+}
+
+
+@pytest.mark.parametrize(("fields", "sentence"), CONFIGS.values(), ids=CONFIGS)
+def test_config_of_an_adapter_that_cannot_be_read(inputs, esmerge, tmp_path, fields, sentence):
+    inputs.change_json("cell/adapter_config.json", **fields)
+    inputs.recipe["coefficients"] = "uniform"
+    code, out, err = esmerge("merge", inputs.save_recipe(), "-o", tmp_path / "merged", "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("esmerge: ") and err.count("\n") == 1
+    assert f"cell/adapter_config.json: {sentence}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+@case("holds 2 trained tokens, which adapter_config.json (trainable_token_indices) does not name", "")
+def tokens_that_are_no_numbers(inputs):
+    inputs.train(trainable_token_indices=[3, 7])
+    inputs.change_json("molecule/adapter_config.json", trainable_token_indices=["a", "b"])
+    inputs.recipe["output"] = {"format": "full"}
+
+
 @case("cell/adapter_config.json: use_dora is not set", "belongs to another adapter")
 def magnitudes_of_an_adapter_that_is_no_dora(inputs):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
