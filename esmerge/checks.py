@@ -236,9 +236,9 @@ def check_probe(plan: "Plan") -> None:
         if not plan.path(probe.tensors).is_file():
             raise InputError(f"probe.tensors: the file {plan.path(probe.tensors)} does not exist.")
         return
-    if probe.chat_template and "{" not in probe.chat_template and not plan.path(probe.chat_template).is_file():
+    if (template := probe.chat_template_file) and not plan.path(template).is_file():
         raise InputError(
-            f"probe.chat_template: the file {plan.path(probe.chat_template)} does not exist; give a Jinja template "
+            f"probe.chat_template: the file {plan.path(template)} does not exist; give a Jinja template "
             "or a file that holds one."
         )
     assert probe.data is not None and probe.template is not None

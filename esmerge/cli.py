@@ -85,7 +85,8 @@ def merge(
 
     Writes a LoRA adapter that PEFT loads, or a full checkpoint that transformers loads; beside it `esmerge.yaml`
     (recipe, hashes and versions: enough to do it again) and `coefficients.safetensors`. The `esmerge.yaml` of a result
-    is a RECIPE too: with it, the same commits from the Hub give the same files.
+    is a RECIPE too: with it, the same commits from the Hub give the same files, and local inputs that have changed are
+    refused.
 
     Example: `esmerge merge recipe.yaml -o merged --set coefficients.tau=0.2`
     """

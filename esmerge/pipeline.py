@@ -20,7 +20,7 @@ from esmerge.methods.matching import Positions
 from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
 from esmerge.plan_merger import Reach, inputs_key, layer_alpha, layer_merge, make_merger, positions_of, reach_of
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
-from esmerge.records import fingerprint, merge_record, pinned_inputs
+from esmerge.records import check_pins, fingerprint, merge_record, pinned_inputs
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals
 from esmerge.specialists import Specialist, are_twins
@@ -56,6 +56,7 @@ def merge(
     plan = make_plan(recipe, trust_remote_code)
     if plan.recipe.output.format == "full":
         results.check_room(output, full_bytes(plan))
+    check_pins(plan)
     with ExitStack() as stack:
         staged = results.staged_folder(output, fingerprint(plan), resume, same_threads=plan.recipe.needs_probe)
         folder = stack.enter_context(staged)
@@ -115,6 +116,7 @@ def compare(
     plans = {name: with_recipe(first, variant) for name, variant in recipes.items()}
     if recipe.output.format == "full":
         results.check_room(output, sum(full_bytes(plan) for plan in plans.values()))
+    check_pins(next((plan for plan in plans.values() if plan.recipe.needs_probe), first))
     with ExitStack() as stack:
         folder = stack.enter_context(results.staged_folder(output, None, resume=False))
         scratch = stack.enter_context(Scratch(folder))

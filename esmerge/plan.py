@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from esmerge.backbone import module_names
 from esmerge.checkpoint import Checkpoint
@@ -179,24 +178,7 @@ def pin_recipe(recipe: Recipe) -> Recipe:
     Raises:
         InputError: if there is no such thing there, or no access to it.
     """
-    models = {field: pinned(reference, recipe.folder, field) for field, reference in _models(recipe)}
-    fields: dict[str, Any] = {"base": models["base"]}
-    fields["specialists"] = {}
-    for name, entry in recipe.specialists.items():
-        where = f"specialists.{name}"
-        found = {field: models[f"{where}.{field}"] for field in ("model", "encoder") if f"{where}.{field}" in models}
-        if entry.features is not None:
-            found["features"] = pinned_file(entry.features, f"{where}.features")
-        fields["specialists"][name] = entry.model_copy(update=found)
-    if (probe := recipe.probe) is not None:
-        files: dict[str, Any] = {}
-        if probe.data is not None:
-            files["data"] = {name: pinned_file(file, f"probe.data.{name}") for name, file in probe.data.items()}
-        for field in ("tensors", "chat_template"):
-            if (reference := getattr(probe, field)) is not None:
-                files[field] = pinned_file(reference, f"probe.{field}")
-        fields["probe"] = probe.model_copy(update=files)
-    return recipe.model_copy(update=fields)
+    return recipe.with_references(lambda reference, field: pinned(reference, recipe.folder, field), pinned_file)
 
 
 def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | None) -> Plan:

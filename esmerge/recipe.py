@@ -1,9 +1,11 @@
 """What a user asks for: a recipe, from YAML and to YAML, with errors that name the field."""
 
+import copy
 import fnmatch
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -101,6 +103,11 @@ class ProbeRecipe(_Strict):
             if missing:
                 raise ValueError(f"{missing[0]} is missing; give samples, template and data, or tensors")
         return self
+
+    @property
+    def chat_template_file(self) -> str | None:
+        """The file that holds the chat template, where it is not a template itself."""
+        return self.chat_template if self.chat_template and "{" not in self.chat_template else None
 
     @property
     def is_shared(self) -> bool:
@@ -243,6 +250,19 @@ class OutputRecipe(_Strict):
     signals: bool = False
 
 
+@dataclass(frozen=True)
+class Pins:
+    """What the inputs of a recipe were when a merge recorded it.
+
+    Attributes:
+        record: the file with the record.
+        inputs: what it says of them, `base`, `specialists` and `probe`, as far as they are the same as then.
+    """
+
+    record: Path
+    inputs: Mapping[str, Mapping[str, Any]]
+
+
 class Recipe(_Strict):
     """A merge.
 
@@ -267,11 +287,44 @@ class Recipe(_Strict):
     device: str = "cpu"
 
     _folder: Path = PrivateAttr(default_factory=Path)
+    _pins: Pins | None = PrivateAttr(default=None)
 
     @property
     def folder(self) -> Path:
         """What relative paths start from: the recipe file's folder."""
         return self._folder
+
+    @property
+    def pins(self) -> Pins | None:
+        """What the inputs have to be, for a recipe that is a merge's record."""
+        return self._pins
+
+    def with_references(self, model: Callable[[str, str], str], file: Callable[[str, str], str]) -> Self:
+        """The recipe with other references.
+
+        Args:
+            model: from each reference to a model or encoder, and the field it stands in, to another.
+            file: the same for files.
+        """
+        fields: dict[str, Any] = {"base": model(self.base, "base"), "specialists": {}}
+        for name, entry in self.specialists.items():
+            where = f"specialists.{name}"
+            found = {"model": model(entry.model, f"{where}.model")}
+            if entry.encoder is not None:
+                found["encoder"] = model(entry.encoder, f"{where}.encoder")
+            if entry.features is not None:
+                found["features"] = file(entry.features, f"{where}.features")
+            fields["specialists"][name] = entry.model_copy(update=found)
+        if (probe := self.probe) is not None:
+            files: dict[str, Any] = {}
+            if probe.data is not None:
+                files["data"] = {name: file(place, f"probe.data.{name}") for name, place in probe.data.items()}
+            if probe.tensors is not None:
+                files["tensors"] = file(probe.tensors, "probe.tensors")
+            if probe.chat_template_file is not None:
+                files["chat_template"] = file(probe.chat_template_file, "probe.chat_template")
+            fields["probe"] = probe.model_copy(update=files)
+        return self.model_copy(update=fields)
 
     @property
     def needs_probe(self) -> bool:
@@ -392,19 +445,40 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        file: YAML; or the esmerge.yaml of a result, whose recipe has the commits of all that is from the Hub, and
-            relative paths that start from the current folder.
-        overrides: `field=value` with dots for nested fields, values in YAML, e.g. `coefficients.tau=0.2`.
+        file: YAML; or the esmerge.yaml of a result, whose recipe has the commits of all that is from the Hub, absolute
+            paths, and hashes that what lies there has to have (`Recipe.pins`), unless its section `inputs` is removed.
+        overrides: `field=value` with dots for nested fields, values in YAML, e.g. `coefficients.tau=0.2`. Models that
+            they replace need no longer be what they were.
 
     Raises:
         InputError: one sentence that names the field and what was expected.
     """
-    content, folder = read_mapping(file, "recipe", list(Recipe.model_fields)), file.parent
-    if {"recipe", "inputs"} <= content.keys() and isinstance(content["recipe"], dict):
-        content, folder = content["recipe"], Path()
+    content = read_mapping(file, "recipe", list(Recipe.model_fields))
+    inputs: Any = None
+    if isinstance(content.get("recipe"), dict):
+        content, inputs = content["recipe"], content.get("inputs")
+    recorded = copy.deepcopy(content)
     for override in overrides:
         _override(content, override)
-    return parse_recipe(content, folder, str(file))
+    recipe = parse_recipe(content, file.parent, str(file))
+    if inputs is not None:
+        recipe._pins = Pins(file, _kept_inputs(inputs, recorded, content, file))
+    return recipe
+
+
+def _kept_inputs(inputs: Any, recorded: dict[str, Any], content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What a record says of the inputs that its recipe still has after overrides."""
+    try:
+        # Files are told apart by their references.
+        kept = {"specialists": {}, "probe": dict(inputs.get("probe", {}))}
+        if content.get("base") == recorded.get("base"):
+            kept["base"] = dict(inputs.get("base", {}))
+        for name, pin in inputs.get("specialists", {}).items():
+            if content["specialists"].get(name) == recorded["specialists"].get(name):
+                kept["specialists"][name] = dict(pin)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: its section inputs is not as a merge wrote it: restore or remove it.") from error
+    return kept
 
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:
@@ -420,7 +494,9 @@ def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recip
 def override_recipe(recipe: Recipe, fields: Mapping[str, Any], source: str) -> Recipe:
     """A recipe with some top-level fields replaced; `source` is what messages call it."""
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return parse_recipe({**content, **fields}, recipe.folder, source)
+    found = parse_recipe({**content, **fields}, recipe.folder, source)
+    found._pins = recipe._pins
+    return found
 
 
 def read_variants(methods: Sequence[str], coefficients: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -8,18 +8,20 @@ import torch
 from esmerge import results
 from esmerge.checkpoint import Checkpoint
 from esmerge.encoders import encoder_hash, encoders_of
+from esmerge.errors import InputError
 from esmerge.merging import Merger
 from esmerge.plan import Plan
+from esmerge.recipe import Recipe
 from esmerge.remote_code import code_files
-from esmerge.sources import Source, content_hash
+from esmerge.sources import Source, content_hash, located
 
 
 def _probe_files(plan: Plan) -> list[str]:
     probe = plan.recipe.probe
     if probe is None or not plan.recipe.needs_probe:
         return []
-    template = probe.chat_template if probe.chat_template and "{" not in probe.chat_template else None
-    return [reference for reference in [probe.tensors, template, *(probe.data or {}).values()] if reference]
+    files = [probe.tensors, probe.chat_template_file, *(probe.data or {}).values()]
+    return [reference for reference in files if reference]
 
 
 def fingerprint(plan: Plan) -> str:
@@ -47,8 +49,10 @@ def pinned_inputs(plan: Plan) -> dict[str, Any]:
     """What pins the inputs of a plan: commits, or hashes of what was read."""
 
     def pinned(source: Source, weights: Checkpoint) -> dict[str, str]:
-        pin = {"commit": source.commit} if source.commit else {"hash": content_hash(source.folder, weights)}
-        return {"source": source.reference, **pin}
+        if source.commit:
+            return {"source": source.reference, "commit": source.commit}
+        where = located(source.reference, plan.recipe.folder)
+        return {"source": where, "hash": content_hash(source.folder, weights)}
 
     pins = [pinned(source, own.checkpoint) for source, own in zip(plan.sources, plan.specialists, strict=True)]
     specialists = dict(zip(plan.recipe.specialists, pins, strict=True))
@@ -58,14 +62,54 @@ def pinned_inputs(plan: Plan) -> dict[str, Any]:
     if plan.trust_remote_code and (code := code_files(plan.base.folder)):
         inputs["base"]["code"] = {file.name: content_hash(file) for file in code}
     for reference in _probe_files(plan):
-        inputs.setdefault("probe", {})[reference] = content_hash(plan.path(reference))
+        inputs.setdefault("probe", {})[located(reference, plan.recipe.folder)] = content_hash(plan.path(reference))
     return inputs
+
+
+def check_pins(plan: Plan) -> None:
+    """Read the inputs of a recipe that is a merge's record, and find out whether they are still what they were.
+
+    Raises:
+        InputError: if one of them is not.
+    """
+    pins = plan.recipe.pins
+    if pins is None:
+        return
+    found = pinned_inputs(plan)
+
+    def check(what: str, recorded: Any, now: Any) -> None:
+        if recorded != now:
+            raise InputError(
+                f"{what} is not what it was when {pins.record} was written: bring that back, or take a copy of the "
+                "record without its section inputs to merge what is there now."
+            )
+
+    for name, now in {"": found["base"], **found["specialists"]}.items():
+        recorded = pins.inputs["specialists"].get(name) if name else pins.inputs.get("base")
+        if recorded is None:
+            continue
+        field = f"specialists.{name}" if name else "base"
+        check(f"{field}: {now['source']}", *([pin.get("commit"), pin.get("hash")] for pin in (recorded, now)))
+        check(f"{field}: the encoder", recorded.get("encoder"), now.get("encoder"))
+        check(f"{field}: the code in {now['source']}", recorded.get("code", now.get("code")), now.get("code"))
+    files = {located(file, plan.recipe.folder): pin for file, pin in pins.inputs["probe"].items()}
+    for file, now in found.get("probe", {}).items():
+        check(f"probe: {file}", files.get(file, now), now)
+
+
+def _located(recipe: Recipe) -> Recipe:
+    """The recipe with paths that hold wherever it lies."""
+
+    def locate(reference: str, _: str) -> str:
+        return located(reference, recipe.folder)
+
+    return recipe.with_references(locate, locate)
 
 
 def merge_record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
     """What `esmerge.yaml` holds: the recipe, its pinned inputs, versions, and numbers of tensors."""
     record: dict[str, Any] = {
-        "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "recipe": _located(plan.recipe).model_dump(mode="json", by_alias=True, exclude_none=True),
         "inputs": dict(inputs),
         "versions": results.versions(),
         **_threads(plan),

@@ -94,6 +94,12 @@ def absolute(path: Path) -> Path:
     return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
+def located(reference: str, relative_to: Path) -> str:
+    """A reference to a folder or file here with its path from the root on; one to the Hub as it is."""
+    path = relative_to / Path(reference).expanduser()
+    return str(absolute(path)) if not reference.startswith("hf://") and path.exists() else reference
+
+
 def pinned(reference: str, relative_to: Path, field: str) -> str:
     """A reference to a Hub repository with its commit as the revision; one to a folder as it is."""
     if _local(reference, relative_to, field) is not None:

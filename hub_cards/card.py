@@ -20,7 +20,7 @@ from hub_cards.edits import digest, join_sections, keep_edits, split_sections
 from hub_cards.licences import Licence, check_licence, inherit, read_licence
 from hub_cards.merged_model import MergedModel
 from hub_cards.parents import Parent, parents_of, read_front_matter
-from hub_cards.portable import portable
+from hub_cards.portable import portable_record
 from hub_cards.scores import (
     EVAL_RESULTS_FOLDER,
     EVAL_RESULTS_MARK,
@@ -128,7 +128,7 @@ def make_card(model: MergedModel, choices: Choices, template: Path | None = None
         "packages": packages(model),
         "example": example_code(model, chosen.repo_id or name),
         "recipe": yaml.dump(
-            portable(model.recipe), Dumper=_Recipes, sort_keys=False, allow_unicode=True, width=100
+            portable_record(model.record)["recipe"], Dumper=_Recipes, sort_keys=False, allow_unicode=True, width=100
         ).strip(),
         "record": model.record,
         "version": __version__,

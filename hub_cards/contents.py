@@ -23,7 +23,7 @@ from hub_cards.card import CARD_FILE, Card
 from hub_cards.loading_check import check_loads
 from hub_cards.merged_model import ADAPTER_CONFIG, MergedModel
 from hub_cards.parents import Parent
-from hub_cards.portable import portable
+from hub_cards.portable import portable, portable_record
 from hub_cards.scores import EVAL_RESULTS_FOLDER, RESULTS_FOLDER
 
 # https://huggingface.co/docs/hub/storage-limits
@@ -150,7 +150,7 @@ def _cleaned(path: str, model: MergedModel, base: Parent) -> Upload:
     """The file without paths of this machine, where it may hold some for good reasons."""
     upload = Upload(path, model.folder / path)
     if path == RECORD_FILE:
-        return Upload(path, record_text(portable(model.record)).encode())
+        return Upload(path, record_text(portable_record(model.record)).encode())
     if not path.endswith(".json") or any(fnmatchcase(path, pattern) for pattern in _VOCABULARIES):
         return upload
     content = read_json(model.folder / path)

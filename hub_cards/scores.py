@@ -12,7 +12,7 @@ from esmerge.errors import InputError
 from esmerge.sources import read_json
 from esmerge.yaml_files import first_error
 from hub_cards.merged_model import MergedModel
-from hub_cards.portable import portable
+from hub_cards.portable import portable_recipe
 
 RESULTS_FOLDER = "results"
 EVAL_RESULTS_FOLDER = ".eval_results"
@@ -128,14 +128,14 @@ def read_results(model: MergedModel) -> list[TaskResults]:
         InputError: if a file is no result, is of another merge, or two are of different weights.
     """
     found: dict[Path, TaskResults] = {}
-    recipe = portable(model.recipe)
+    recipe = portable_recipe(model.recipe)
     for file in sorted((model.folder / RESULTS_FOLDER).glob("*.json")):
         try:
             results = TaskResults.model_validate(read_json(file))
         except ValidationError as error:
             sentence = first_error(error, TaskResults)
             raise InputError(f"{file}: {sentence} Evaluate the model again, or move the file away.") from error
-        if results.esmerge is not None and portable(results.esmerge) != recipe:
+        if results.esmerge is not None and portable_recipe(results.esmerge) != recipe:
             raise InputError(f"{file} is of another merge: evaluate this model, or move the file away.")
         for other, others in found.items():
             if None not in (results.model.hash, others.model.hash) and results.model.hash != others.model.hash:

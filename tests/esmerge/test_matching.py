@@ -159,7 +159,7 @@ def test_merged_adapter_matches_what_plain_models_read(llama, merge, probed, cou
         )
     record = yaml.safe_load((folder / "esmerge.yaml").read_text())
     assert record["kept_energy"]["minimum"] == pytest.approx(1)
-    assert list(record["inputs"]["probe"]) == [content["probe"]["tensors"]]
+    assert list(record["inputs"]["probe"]) == [str(llama / content["probe"]["tensors"])]
 
 
 OWN_TEMPLATES = {

@@ -307,7 +307,7 @@ class TestRecord:
         inputs = record["inputs"]
         assert inputs.keys() == {"base", "specialists", "probe"}
         hashes = [entry["hash"] for entry in (inputs["base"], *inputs["specialists"].values())]
-        hashes += [inputs["probe"][f"{name}.txt"] for name in NAMES]
+        hashes += [inputs["probe"][str(llama / f"{name}.txt")] for name in NAMES]
         assert len(set(hashes)) == 7
         assert all(value.startswith("xxh3:") for value in hashes)
         assert record["versions"].keys() >= {"esmerge", "python", "torch", "transformers"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
@@ -238,6 +239,47 @@ def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused,
     )
     assert grep.stdout == ""
     load(f'from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained("{REPO}")')
+
+
+def test_a_published_record_does_it_again(recipe, llama, publish, esmerge, connected, tmp_path, monkeypatch):
+    """With folders of its parents beside it, and not with repositories that happen to be called alike."""
+    connected.add(llama / "base", "lab/base")
+    project = tmp_path / "project"
+    places = {"molecule": "runs/mol-lora", "protein": "runs/protein/final", "cell": "runs/cell/final"}
+    shutil.copytree(llama / "base", project / "base")
+    for name, place in places.items():
+        shutil.copytree(llama / name, project / place)
+        (project / "items" / name).mkdir(parents=True)
+        shutil.copy(llama / f"{name}.txt", project / "items" / name / "test.txt")
+    recipe["specialists"] = places
+    recipe["probe"]["data"] = {name: f"items/{name}/test.txt" for name in places}
+    (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert esmerge("merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")[0] == 0
+    publish(tmp_path / "merged", "--base-model", "lab/base")
+    there = tmp_path / "there"
+    snapshot_download(REPO, local_dir=there)
+    record = yaml.safe_load((there / "esmerge.yaml").read_text())
+    models = {"base": "./base", "molecule": "./mol-lora", "protein": "./protein/final", "cell": "./cell/final"}
+    sources = {"base": record["inputs"]["base"], **record["inputs"]["specialists"]}
+    assert {name: pin["source"] for name, pin in sources.items()} == models
+    items = {name: f"./probe/{name}/test.txt" for name in places}
+    assert record["recipe"]["probe"]["data"] == items and set(record["inputs"]["probe"]) == set(items.values())
+    assert "model: ./protein/final" in (there / "README.md").read_text()
+    monkeypatch.chdir(project)  # where base and runs are, which are nothing to a record from elsewhere
+    code, _, error = esmerge("merge", there / "esmerge.yaml", "-o", tmp_path / "again", "--quiet")
+    assert code == 2 and f"base: the folder {there / 'base'} does not exist" in error
+    for name, place in models.items():
+        shutil.copytree(llama / name, there / place)
+    for name, place in items.items():
+        (there / place).parent.mkdir(parents=True)
+        shutil.copy(llama / f"{name}.txt", there / place)
+    code, _, error = esmerge("merge", there / "esmerge.yaml", "-o", tmp_path / "again", "--quiet")
+    assert code == 0, error
+    for file in ("adapter_model.safetensors", "coefficients.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
+    shutil.copy(llama / "cell.txt", there / items["protein"])
+    code, _, error = esmerge("merge", there / "esmerge.yaml", "-o", tmp_path / "other", "--quiet")
+    assert code == 2 and f"probe: {there / items['protein']} is not what it was" in error
 
 
 @pytest.mark.parametrize(
