@@ -49,7 +49,8 @@ TrustRemoteCode = Annotated[
 
 
 Licence = Annotated[
-    str | None, typer.Option("--license", metavar="ID", help="The licence, where the parents' differ or have none.")
+    str | None,
+    typer.Option("--license", metavar="ID", help="The licence, where the parents' differ or the base's is not known."),
 ]
 BaseModelId = Annotated[
     str | None,

@@ -19,7 +19,7 @@ from esmerge.results import write_whole
 from hub_cards.edits import digest, join_sections, keep_edits, split_sections
 from hub_cards.licences import Licence, check_licence, inherit, read_licence
 from hub_cards.merged_model import MergedModel
-from hub_cards.parents import Parent, parents_of, read_front_matter
+from hub_cards.parents import Parent, parents_of, read_front_matter, why_unknown
 from hub_cards.portable import portable_record
 from hub_cards.scores import (
     EVAL_RESULTS_FOLDER,
@@ -53,7 +53,7 @@ class Choices:
     """What a person decided; the card remembers it.
 
     Attributes:
-        licence: identifier of the licence, where the parents' differ or have none.
+        licence: identifier of the licence, where the parents' differ or the base's is not known.
         base_model: `user/base` or `user/base@revision`, where the base was a local folder.
         repo_id: what the model is called on the Hub.
     """
@@ -72,12 +72,14 @@ class Card:
         stale: files of earlier cards that are to go.
         notes: what the card could not say, a sentence each.
         base: what the model was merged on.
+        has_licence: whether it states one.
     """
 
     files: Mapping[str, bytes]
     stale: Sequence[str]
     notes: Sequence[str]
     base: Parent
+    has_licence: bool
 
     @property
     def text(self) -> str:
@@ -146,7 +148,8 @@ def make_card(model: MergedModel, choices: Choices, template: Path | None = None
     text = _assemble(kept_fields, kept_sections, state, folder / CARD_FILE)
     entries = eval_results_files(results)
     files = {CARD_FILE: text.encode(), **{path: entry.encode() for path, entry in entries.items()}, **figures}
-    return Card(files, _stale_entries(folder, entries), _notes(parents, licence, results), parents[0])
+    notes = _notes(parents, licence, results)
+    return Card(files, _stale_entries(folder, entries), notes, parents[0], bool(kept_fields.get("license")))
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -321,11 +324,14 @@ def _stale_entries(folder: Path, entries: Mapping[str, str]) -> list[str]:
 
 def _notes(parents: Sequence[Parent], licence: Licence | None, results: Sequence[TaskResults]) -> list[str]:
     notes = []
-    unknown = [parent.name for parent in parents if parent.licence is None]
     if licence is None:
-        notes.append("no parent's card states a licence, so this one states none: choose one with --license.")
-    elif unknown:
-        notes.append(f"the licence of {', '.join(unknown)} is not known: check that {licence.label} is allowed.")
+        notes.append(f"{why_unknown(parents[0])}, so the card states none: choose one with --license.")
+    else:
+        notes += [
+            f"{why_unknown(parent)}: check that {licence.label} is allowed."
+            for parent in parents
+            if parent.licence is None
+        ]
     if not results:
         notes.append("there are no results, so the card says that the model was not evaluated (esmerge evaluate).")
     return notes

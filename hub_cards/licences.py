@@ -70,11 +70,12 @@ def inherit(stated: Sequence[tuple[str, Licence | None]], chosen: str | None) ->
     """The licence of what is made from parents.
 
     Args:
-        stated: the name of each parent, and its licence as far as it is known.
+        stated: the name of each parent, the base's first, and its licence as far as it is known.
         chosen: by the user, as `check_licence` gives it.
 
     Returns:
-        The chosen one, or the one that all parents with a known licence have; None if none has one.
+        The chosen one, or the one that all parents with a known licence have; None if the base's is not known, whose
+        weights are in all of it.
 
     Raises:
         InputError: if their licences differ and none was chosen; it lists them.
@@ -87,4 +88,4 @@ def inherit(stated: Sequence[tuple[str, Licence | None]], chosen: str | None) ->
         raise InputError(
             f"the licences of the parents differ: {listed}; check what they allow, and choose one with --license."
         )
-    return known[0][1] if known else None
+    return stated[0][1]

@@ -33,6 +33,7 @@ class Parent:
         repo_id: of the Hub; None for a folder.
         commit: of the repository, or another revision; None if it is not known.
         hash: of a folder's content.
+        is_readable: whether its card could be read, if it has one.
         licence: that its card states.
         languages, datasets: that its card names.
         citations: BibTeX entries in its card.
@@ -43,6 +44,7 @@ class Parent:
     repo_id: str | None = None
     commit: str | None = None
     hash: str | None = None
+    is_readable: bool = True
     licence: Licence | None = None
     languages: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
@@ -91,6 +93,12 @@ def _identify(role: str, pin: Mapping[str, Any]) -> Parent:
     return Parent(role, folder_name(source), hash=pin.get("hash"), source=source)
 
 
+def why_unknown(parent: Parent) -> str:
+    """That a parent's licence is not known, and why."""
+    why = "no card of it states one" if parent.is_readable else "its card cannot be read"
+    return f"the licence of {parent.name} is not known, as {why}"
+
+
 def folder_name(path: str) -> str:
     """The last name of a path, which tells nothing of the machine."""
     names = [name for name in re.split(r"[/\\]", path) if name not in ("", ".", "..", "~")]
@@ -100,7 +108,7 @@ def folder_name(path: str) -> str:
 def _with_card(parent: Parent, folder: Path) -> Parent:
     text = _hub_card(parent) if parent.repo_id else _local_card(parent, folder)
     if text is None:
-        return parent
+        return replace(parent, is_readable=False)
     metadata = read_front_matter(text)[0]
     return replace(
         parent,
@@ -133,6 +141,7 @@ def read_front_matter(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _hub_card(parent: Parent) -> str | None:
+    """The card in a parent's repository, empty if it has none; None if it cannot be read."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -141,7 +150,7 @@ def _hub_card(parent: Parent) -> str | None:
         return Path(hf_hub_download(parent.repo_id, "README.md", revision=parent.commit)).read_text(encoding="utf-8")
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
-            return None
+            return ""
         reason: Exception = error
     except Exception as error:  # whatever the network, the Hub or the file has: a card is no reason to stop
         reason = error
@@ -149,8 +158,8 @@ def _hub_card(parent: Parent) -> str | None:
     return None
 
 
-def _local_card(parent: Parent, folder: Path) -> str | None:
-    """The card in a parent's folder, if that is still there with the same content."""
+def _local_card(parent: Parent, folder: Path) -> str:
+    """The card in a parent's folder, if that is still there with the same content; empty otherwise."""
     for place in (Path(), folder.parent):
         card = (place / Path(parent.source).expanduser() / "README.md").absolute()
         if not card.is_file():
@@ -159,7 +168,7 @@ def _local_card(parent: Parent, folder: Path) -> str | None:
         # The content is only hashed, which takes as long as reading the weights, where there is something to inherit.
         if read_front_matter(text)[0] and _has_hash(card.parent, parent.hash):
             return text
-    return None
+    return ""
 
 
 def _has_hash(folder: Path, expected: str | None) -> bool:

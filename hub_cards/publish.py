@@ -24,7 +24,7 @@ from hub_cards.card import CARD_FILE, Card, Choices, lost_edits, make_card, writ
 from hub_cards.contents import Upload, collect, stale_files
 from hub_cards.hub_errors import LOG_IN, hub_errors
 from hub_cards.merged_model import open_merged_model
-from hub_cards.parents import Parent
+from hub_cards.parents import Parent, why_unknown
 from hub_cards.plan import Destination, Plan, Repository
 from hub_cards.usage import loading_code
 
@@ -81,6 +81,7 @@ def publish(
         _check_card(card)
         if model.is_adapter:
             _check_base(api, card.base)
+        _check_licence(card)
         repository = _look(api, destination, user)
         plan = _compare(destination, repository, uploads)
         plan = replace(plan, left_out=left_out, notes=card.notes)
@@ -132,6 +133,14 @@ def _check_base(api: HfApi, base: Parent) -> None:
             f"the adapter's base {base.repo_id} is not on the Hub{at}: say what it is called there with --base-model "
             "user/base (or user/base@revision)."
         ) from error
+
+
+def _check_licence(card: Card) -> None:
+    """Raise `InputError` if the card states no licence: the specialists' alone would not be that of the whole."""
+    if not card.has_licence:
+        raise InputError(
+            f"{why_unknown(card.base)}: find out what it allows, and say which licence this model has with --license."
+        )
 
 
 def _objections(answer: str) -> str:

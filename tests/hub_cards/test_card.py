@@ -114,7 +114,8 @@ def test_local_parents_leave_no_trace_of_the_machine(llama, recipe, esmerge, tmp
     recipe["specialists"] = {name: str(home / "models" / name) for name in recipe["specialists"]}
     recipe["probe"]["data"] = {name: str(home / "models" / file) for name, file in recipe["probe"]["data"].items()}
     licence = "---\nlicense: mit\nlanguage: fr\ndatasets: [lab/molecules, /home/jane_doe/data]\n---\n"
-    (home / "models" / "molecule" / "README.md").write_text(licence)
+    for name in ("base", "molecule"):
+        (home / "models" / name / "README.md").write_text(licence)
     merge(parse_recipe(recipe, llama), home / "merged", progress=False)
     assert esmerge("card", home / "merged")[0] == 0
     for secret in (str(tmp_path), "jane_doe", "/home", f"/{getpass.getuser()}"):
@@ -125,6 +126,9 @@ def test_local_parents_leave_no_trace_of_the_machine(llama, recipe, esmerge, tmp
     # Cards of local parents are read too, but not of folders that have changed since.
     assert (found["license"], found["language"], found["datasets"]) == ("mit", ["fr"], ["lab/molecules"])
     (home / "models" / "molecule" / "adapter_config.json").write_text("{}")
+    assert esmerge("card", home / "merged")[0] == 0
+    assert metadata(home / "merged")["license"] == "mit" and "datasets" not in metadata(home / "merged")
+    (home / "models" / "base" / "config.json").write_text("{}")
     assert esmerge("card", home / "merged")[0] == 0
     assert "license" not in metadata(home / "merged")
     assert esmerge("card", home / "merged", "--base-model", "lab/base@abc1234")[0] == 0
@@ -368,12 +372,34 @@ def test_parents_without_card_or_repository(from_hub, esmerge, connected):
     shutil.rmtree(folder.parent / "hf-home")
     assert esmerge("card", folder)[0] == 0
     assert metadata(folder)["license"] == "apache-2.0"
-    assert text(folder).count("not stated") == 2
+    assert text(folder).count("| not stated |") == text(folder).count("| card not readable |") == 1
 
 
-def test_offline(from_hub, esmerge, connected, monkeypatch):
-    folder = from_hub()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_base_whose_licence_is_not_stated(from_hub, esmerge):
+    """The specialists' licence is not that of the whole."""
+    folder = from_hub(cards={"base": b"---\ntags: [base]\n---\n"})
     code, output, _ = esmerge("card", folder)
-    assert code == 0 and "states none" in output
+    assert code == 0 and "the licence of lab/base is not known, as no card of it states one, so" in output
+    assert "license" not in metadata(folder)
+    assert "It cannot be told which licence this model has, as no card of the base states one" in text(folder)
+    assert esmerge("card", folder, "--license", "apache-2.0")[0] == 0
+    assert metadata(folder)["license"] == "apache-2.0" and "cannot be told" not in text(folder)
+
+
+@pytest.mark.parametrize("hindrance", ["offline", "gated", "network"])
+def test_a_base_whose_card_cannot_be_read(from_hub, esmerge, connected, monkeypatch, hindrance):
+    folder = from_hub()
+    if hindrance == "gated":
+        connected.repositories["models", "lab/base"].gated = "manual"
+        monkeypatch.setenv("HF_TOKEN", "hf_othersWriteToken")
+    elif hindrance == "network":
+        connected.fail(path="/lab/base/resolve/", drop=True, times=99)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, output, _ = esmerge("card", folder)
+    assert code == 0 and "the licence of lab/base is not known, as its card cannot be read, so" in output
+    assert "license" not in metadata(folder)
     assert metadata(folder)["base_model"] == "lab/base"
+    assert "It cannot be told which licence this model has, as the base's card could not be read" in text(folder)
+    assert "| card not readable |" in text(folder)

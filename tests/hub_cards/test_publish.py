@@ -230,7 +230,7 @@ def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused,
     assert "--base-model" in refused(folder)
     assert "lab/none is not on the Hub" in refused(folder, "--base-model", "lab/none")
     assert "lab/base is not on the Hub at v9" in refused(folder, "--base-model", "lab/base@v9")
-    publish(folder, "--base-model", "lab/base")
+    publish(folder, "--base-model", "lab/base", "--license", "apache-2.0")
     there = snapshot_download(REPO)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(llama / "base")  # the folder is as it was
@@ -255,7 +255,7 @@ def test_a_published_record_does_it_again(recipe, llama, publish, esmerge, conne
     recipe["probe"]["data"] = {name: f"items/{name}/test.txt" for name in places}
     (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert esmerge("merge", project / "recipe.yaml", "-o", tmp_path / "merged", "--quiet")[0] == 0
-    publish(tmp_path / "merged", "--base-model", "lab/base")
+    publish(tmp_path / "merged", "--base-model", "lab/base", "--license", "apache-2.0")
     there = tmp_path / "there"
     snapshot_download(REPO, local_dir=there)
     record = yaml.safe_load((there / "esmerge.yaml").read_text())
@@ -323,6 +323,19 @@ def test_conflicting_licences(from_hub, refused, publish, api):
     assert "mit" in refused(folder, "--license", "mti")
     publish(folder, "--license", "cc-by-nc-4.0")
     assert api.model_info(REPO).card_data.license == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("format_", ["adapter", "full"])
+def test_unknown_licence_of_the_base(from_hub, refused, publish, api, connected, format_):
+    """The specialists' licence is not stated as that of the whole."""
+    folder = from_hub(cards={"base": b"# A base"}, output={"format": format_})
+    connected.fail(path="/lab/base/resolve/.*README.md", status=403, times=9)
+    assert "the licence of lab/base is not known, as its card cannot be read" in refused(folder)
+    connected.faults.clear()
+    sentence = refused(folder)
+    assert "the licence of lab/base is not known, as no card of it states one" in sentence and "--license" in sentence
+    publish(folder, "--license", "llama3.1")
+    assert api.model_info(REPO).card_data.license == "llama3.1"
 
 
 @pytest.mark.parametrize(
