@@ -13,7 +13,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.testbed.study.jobs import AS_PUBLISHED, DONE_FILE
+from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
+from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE
 from benchmarks.testbed.study.specialists import SEEDS
@@ -53,10 +54,10 @@ def pack(places: Places, folder: Path) -> list[Path]:
 
 
 def _results(places: Places, folder: Path) -> Iterator[Path]:
-    # The coefficients of one row are drawn; those of others would be most of the archive.
-    drawn = places.test(CHOOSING_SEED, AS_PUBLISHED) / COEFFICIENTS_FILE
+    # Coefficients are shown of some; those of others would be most of the archive.
+    shown = [places.test(CHOOSING_SEED, name) / COEFFICIENTS_FILE for name in SHOWN_COEFFICIENTS]
     for file in folder.rglob("*"):
-        kept = file.name in _KEPT or file.parent.name == RESULTS_FOLDER or file.parent == folder or file == drawn
+        kept = file.name in _KEPT or file.parent.name == RESULTS_FOLDER or file.parent == folder or file in shown
         if file.is_file() and kept:
             yield file
 
@@ -75,6 +76,8 @@ def _write(archive: Path, files: list[Path], root: Path) -> None:
     with tarfile.open(fileobj=content, mode="w:xz", preset=9) as packed:
         for file in files:
             own = file.read_bytes()
+            if file.suffix in (".json", ".yaml"):  # whose machine it was is nobody's business
+                own = own.replace(f"{root.parent}/".encode(), b"")
             entry = tarfile.TarInfo(file.relative_to(root).as_posix())  # of no owner and no time
             entry.size = len(own)
             packed.addfile(entry, io.BytesIO(own))

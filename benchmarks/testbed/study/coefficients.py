@@ -5,6 +5,8 @@ from statistics import median
 
 from torch import Tensor
 
+from benchmarks.testbed.study.jobs import AS_PUBLISHED
+
 # One specialist has a layer almost alone.
 _ALONE = 0.9
 
@@ -29,3 +31,7 @@ def elements_sentence(tensors: Mapping[str, Tensor]) -> str:
         f"the mean of a specialist's coefficients in a tensor lies between {min(means):.3f} and {max(means):.3f}, "
         f"their standard deviation in it is {median(deviations):.3f} (median)."
     )
+
+
+# Of which rows coefficients are told, and how.
+SHOWN_COEFFICIENTS = {AS_PUBLISHED: layers_sentence, "es_element_factors": elements_sentence}

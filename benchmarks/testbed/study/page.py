@@ -13,7 +13,7 @@ from statistics import fmean
 from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
-from benchmarks.testbed.study.coefficients import elements_sentence, layers_sentence
+from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
 from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, interval_of_control, resampled
 from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
@@ -274,10 +274,9 @@ def page(places: Places, readme: Path, figures: Path) -> None:
 def _coefficients(places: Places) -> list[str]:
     """What they were, as far as there are any."""
     lines = [
-        f"- {TITLES[name]}, training {seed}: {sentence(read_coefficients(folder).tensors)}"
-        for name, sentence in ((AS_PUBLISHED, layers_sentence), ("es_element_factors", elements_sentence))
-        for seed in SEEDS
-        if ((folder := places.test(seed, name)) / COEFFICIENTS_FILE).exists()
+        f"- {TITLES[name]}, training {CHOOSING_SEED}: {sentence(read_coefficients(folder).tensors)}"
+        for name, sentence in SHOWN_COEFFICIENTS.items()
+        if ((folder := places.test(CHOOSING_SEED, name)) / COEFFICIENTS_FILE).exists()
     ]
     return ["### What coefficients from embedding signals are like", "\n".join(lines)] if lines else []
 

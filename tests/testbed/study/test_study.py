@@ -215,9 +215,12 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert {file.name for file in packed} == {f"test-{CHOSEN_ON}.tar.xz", "validation.tar.xz"}
     before = [file.read_bytes() for file in packed]
     assert [file.read_bytes() for file in archive.pack(places, tmp_path / "packed")] == before
-    elsewhere = Places(tmp_path / "elsewhere")
+    elsewhere = Places(tmp_path / "of another" / "elsewhere")
     assert archive.unpack(elsewhere, tmp_path / "packed") > 0
     assert archive.unpack(elsewhere, tmp_path / "packed") == 0
+    record = (elsewhere.test(seed, "embedding_matching") / "esmerge.yaml").read_text()
+    # Where a result was made is not told.
+    assert f"{tmp_path}" not in record and f"model: {tmp_path.name}/seed-{seed}/cell" in record
     written = readme.read_text()
     page.page(elsewhere, readme, tmp_path / "figures")
     assert readme.read_text() == written
