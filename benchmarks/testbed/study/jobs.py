@@ -53,6 +53,8 @@ BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 _CONTROLLED = ("uniform", "tsv", "es_both_factors", REGMEAN_OWN_PROMPTS, *MATCHING)
 
 PROBE_SIZES = (8, 32, 100, 330)
+# A training of which nothing was chosen.
+PROBE_SIZE_SEED = next(seed for seed in SEEDS if seed not in DEVELOPED_ON)
 MEASURED_BY_PROBE_SIZE = {PUBLISHED: PUBLISHED_VARIANT, MERGED_LAYERS: "shrink_0.9-lambda_1.25"}
 
 
@@ -205,8 +207,8 @@ def _probe_sizes(places: Places, base: Path) -> list[Job]:
     for name, variant in MEASURED_BY_PROBE_SIZE.items():
         for samples in PROBE_SIZES:
             file = places.probe_size(name, samples) / CHOICE_FILE
-            run = partial(score_probe_size, places, base, row(name), variant, samples)
-            needs = tuple(f"{modality}-{CHOOSING_SEED}" for modality in MODALITIES)
+            run = partial(score_probe_size, places, base, PROBE_SIZE_SEED, row(name), variant, samples)
+            needs = tuple(f"{modality}-{PROBE_SIZE_SEED}" for modality in MODALITIES)
             jobs.append(Job(f"probe-size/{name}/{samples}", file, run, needs))
     return jobs
 

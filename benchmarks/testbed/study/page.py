@@ -17,7 +17,7 @@ from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
 from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, interval_of_control, resampled
 from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
-from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZES
+from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZE_SEED, PROBE_SIZES
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.provenance import (
     check_settings,
@@ -214,7 +214,7 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
     if found.seconds:
         figures["runtime"] = runtime_figure({TITLES[name]: own for name, own in found.seconds.items()}, signals)
     if lines:
-        figures["probe_size"] = line_figure(lines, "probe samples")
+        figures["probe_size"] = line_figure(lines, f"probe samples (specialists of training {PROBE_SIZE_SEED})")
     if found.choices:
         points = {
             TITLES[name]: [(found.gaps[name][variant], score) for variant, score in own.items()]

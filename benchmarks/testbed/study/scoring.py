@@ -74,10 +74,10 @@ def score_on_test(places: Places, model: Path, base: Path, output: Path, control
         evaluate_model(model, base, [name for name, own in asked if own == limit], limit, output)
 
 
-def score_probe_size(places: Places, base: Path, row: Row, variant: str, samples: int) -> None:
+def score_probe_size(places: Places, base: Path, seed: int, row: Row, variant: str, samples: int) -> None:
     """Evaluate a row's setting with another size of the probe on validation data."""
     output = places.probe_size(row.name, samples)
-    with merged(places, base, CHOOSING_SEED, row, variant, samples=samples) as (model, seconds):
+    with merged(places, base, seed, row, variant, samples=samples) as (model, seconds):
         score = score_on_validation(places, model, base, output)
     write_whole(output / CHOICE_FILE, json.dumps({"scores": {variant: score}, "seconds": round(seconds, 1)}) + "\n")
 

@@ -87,9 +87,19 @@ def training_recipe(base: Path, modality: Modality, seed: int, untrained: Path) 
 
 
 def joint_recipe(base: Path, seed: int, untrained: Path) -> dict[str, Any]:
-    """The recipe of one adapter that learns everything at once, in as many steps as the specialists together."""
+    """The recipe of one adapter that learns everything at once, in as many steps as the specialists together.
+
+    In bfloat16, as it would take three times as long otherwise.
+    """
     repeat = {task: count for own in _REPEAT.values() for task, count in own.items()}
-    own = {"tasks": _all_tasks(), "repeat": repeat, "samples": 1600, "epochs": 3, "batch_size": 8}
+    own = {
+        "tasks": _all_tasks(),
+        "repeat": repeat,
+        "samples": 1600,
+        "epochs": 3,
+        "batch_size": 8,
+        "precision": "bfloat16",
+    }
     return {**_recipe(base, seed, untrained), **own, "train_encoders": True, "learning_rate": 1e-3}
 
 

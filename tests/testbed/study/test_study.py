@@ -1,5 +1,6 @@
 """The study: its rows and jobs, and all stages on a tiny base."""
 
+import itertools
 import json
 import os
 import re
@@ -41,8 +42,8 @@ CHOSEN_ON = scoring.CHOOSING_SEED
 
 @pytest.fixture
 def places(trained, tmp_path):
-    for modality in MODALITIES:
-        link = Places(tmp_path).model(CHOSEN_ON, modality)
+    for seed, modality in itertools.product((CHOSEN_ON, jobs.PROBE_SIZE_SEED), MODALITIES):
+        link = Places(tmp_path).model(seed, modality)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(trained / modality)
     return Places(tmp_path)
@@ -173,6 +174,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert left == {
         "scratch",
         f"seed-{CHOSEN_ON}",
+        f"seed-{jobs.PROBE_SIZE_SEED}",
         "tasks",
         "probes",
         "validation",
