@@ -35,10 +35,10 @@ class ReadAt:
     mask: Tensor
     stands_for: tuple[Tensor | None, ...]
 
-    def of(self, rows: Tensor, own: int) -> Tensor:
-        """Rows [n, in] of all batches, of a size that makes their products those of all that they stand for."""
+    def scales(self, own: int) -> Tensor | None:
+        """Of the rows of all batches, float32 [n]: these make their products those of all that they stand for."""
         number = self.stands_for[own]
-        return rows if number is None else rows.float() * number.sqrt().to(rows.device, torch.float32)[:, None]
+        return None if number is None else number.sqrt().float()
 
 
 def read_positions(probe: Probe, wanted: Collection[Positions]) -> list[dict[Positions, ReadAt]]:
@@ -168,6 +168,6 @@ class Reading:
                     continue  # never called: its weight is used in another way
                 key = tuple(map(id, own))
                 if key not in known:
-                    known[key] = scratch.put(self.at[where].of(torch.cat(own), self._own))
+                    known[key] = scratch.put(torch.cat(own), self.at[where].scales(self._own))
                 found.setdefault(where, {})[name] = known[key]
         return found

@@ -5,9 +5,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 
 import psutil
 import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int:
@@ -15,7 +18,19 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    # A container has less than its machine.
+    limit = _text(_CGROUP / "memory.max")
+    if limit.isdigit():
+        free = min(free, int(limit) - int(_text(_CGROUP / "memory.current") or 0))
+    return max(0, free)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 class MemoryBudget:

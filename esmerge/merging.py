@@ -197,11 +197,17 @@ class Merger:
         self._note_scalars(name, scalars)
         return scalars.tolist()
 
+    def matcher_memory(self, name: str) -> int:
+        """About how many bytes a tensor's matcher takes; 0 for none."""
+        if self.method.match is None or name not in self.inputs or name in self.known:
+            return 0
+        count, width = sum(own.shape[0] for own in self.inputs[name]), self.inputs[name][0].shape[1]
+        return 4 * count * width + 16 * min(count, width) ** 2
+
     def memory(self, name: str, stream: "TensorStream") -> int:
         """About how many bytes it takes to merge a tensor, beyond some blocks of rows."""
-        if self.method.match is not None and name in self.inputs and name not in self.known:
-            count, width = sum(own.shape[0] for own in self.inputs[name]), self.inputs[name][0].shape[1]
-            return 4 * count * width + 16 * min(count, width) ** 2
+        if matcher := self.matcher_memory(name):
+            return matcher
         if self.method.combine is None and not stream.is_unchanged:
             return _WHOLE_BYTES * len(stream.deltas) * stream.count
         return 0

@@ -1,6 +1,7 @@
 """From a plan to what merges its tensors: coefficients, a method, and what linear layers read where it needs that."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,9 +30,9 @@ def make_merger(plan: Plan, signals: EmbeddingSignals | None) -> Merger:
     recipe = plan.recipe
     settings, names = recipe.coefficients, list(recipe.specialists)
     inputs = signals.inputs.get(inputs_key(plan), {}) if signals is not None else {}
-    _warn_of_averaged(plan, inputs)
+    known = signals.merged.get(inputs_key(plan), {}) if signals is not None else {}
+    _warn_of_averaged(plan, {*inputs, *known})
     if not isinstance(settings, SignalsRecipe):
-        known = signals.merged.get(inputs_key(plan), {}) if signals is not None else {}
         return replace(_fixed_merger(plan, inputs), known=known)
     assert signals is not None
     method, parameters = _method(plan)
@@ -120,12 +121,12 @@ def layer_alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:
     return layer_coefficients(signals.distances, own, settings.alpha, settings.temperature)
 
 
-def _warn_of_averaged(plan: Plan, inputs: Inputs) -> None:
+def _warn_of_averaged(plan: Plan, matched: Collection[str]) -> None:
     """Warn of matrices that a method that matches inputs can only average."""
     if not plan.recipe.method.matches:
         return
     matrices = [target.name for target in plan.merged if target.layer is not None and len(target.shape) > 1]
-    averaged = [name for name in matrices if name not in inputs]
+    averaged = [name for name in matrices if name not in matched]
     if averaged:
         logger.warning(
             "%s averages %d of %d matrices, %s first: they are no weights of torch.nn.Linear",

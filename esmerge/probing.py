@@ -108,8 +108,8 @@ def make_probes(plan: Plan, backbone: Backbone, progress: bool = False, keep_end
     assert recipe.data is not None and recipe.samples is not None and recipe.template is not None
     items = {name: read_items(plan.path(recipe.data[name]), recipe.samples, name) for name in names}
     chat_template = recipe.chat_template
-    if chat_template is not None and "{" not in chat_template:
-        chat_template = plan.path(chat_template).read_text(encoding="utf-8")
+    if recipe.chat_template_file is not None:
+        chat_template = plan.path(recipe.chat_template_file).read_text(encoding="utf-8")
     try:
         tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=plan.trust_remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:

@@ -69,12 +69,24 @@ class Scratch:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed on exit)
         self._end = 0
 
-    def put(self, tensor: Tensor) -> "Spooled":
-        """Append a tensor and return the handle that reads it."""
+    def put(self, tensor: Tensor, scales: Tensor | None = None) -> "Spooled":
+        """Append a tensor and return the handle that reads it.
+
+        Args:
+            scales: what its rows are multiplied by as they are read, float32 [n].
+        """
         start = self._end
         write_from(self._file.fileno(), tensor.detach().cpu().contiguous(), start)
         self._end += tensor.numel() * tensor.dtype.itemsize
-        return Spooled(self, start, tuple(tensor.shape), tensor.dtype)
+        return Spooled(self, start, tuple(tensor.shape), tensor.dtype, None if scales is None else scales.cpu())
+
+    def mark(self) -> int:
+        """Where the next tensor will be, for `rewind`."""
+        return self._end
+
+    def rewind(self, mark: int) -> None:
+        """Give up all that was put since."""
+        self._end = mark
 
     def read(self, tensor: Tensor, offset: int) -> None:
         """Fill a contiguous tensor from the bytes at `offset`."""
@@ -89,18 +101,23 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Spooled:
-    """A tensor in a scratch file."""
+    """A tensor in a scratch file, of `dtype` there.
+
+    Attributes:
+        scales: what its rows are multiplied by as they are read, float32 [n]; None for nothing.
+    """
 
     scratch: Scratch
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scales: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the tensor."""
+        """Rows `start` to `stop` of the tensor; float32 if they are scaled."""
         tensor = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         self.scratch.read(tensor, self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        return tensor
+        return tensor if self.scales is None else tensor.float() * self.scales[start:stop, None]
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class EmbeddingSignals:
         responses: by (modality, layer), [1 + S, K, H], if they were to be kept.
         inputs: by positions or by the key of a layer-wise merge, what linear layers read, if it was to be kept.
         merged: by the key of a layer-wise merge, and by name of the tensor, factors B [out, r] and A [r, in] of what it
-            made on the way, where that has low rank.
+            made on the way, where that has low rank; what these layers read is then not kept.
     """
 
     distances: Tensor
@@ -144,6 +144,7 @@ def embedding_signals(
     if len(probes) not in ((1,) if settings.distances else (1, len(specialists))):
         raise ValueError("there must be one probe for all specialists or, without distances, one for each")
     walk = _Pass(backbone, specialists, probes, settings, scratch, merges)
+    del probes  # with the first hidden states
     with tqdm(total=walk.steps, desc="embedding signals", unit="layer", disable=not progress) as bar:
         for number, layer in enumerate(backbone.iterate_layers()):
             walk.visit(number, layer, bar)
@@ -209,8 +210,10 @@ class _Pass:
         # Of each specialist: its probe, and its modality's place there.
         self._probe_of = [0 if len(probes) == 1 else i for i in range(count)]
         self._owns = [probes[n].modalities.index(s.name) for n, s in zip(self._probe_of, specialists, strict=True)]
-        directions = random_directions(settings.projections, backbone.hidden_size, settings.seed)
-        self._directions = directions.to(backbone.device)
+        self._directions: Tensor | None = None
+        if settings.distances:
+            directions = random_directions(settings.projections, backbone.hidden_size, settings.seed)
+            self._directions = directions.to(backbone.device)
         # Each probe's way, and that of its probe for each specialist. First hidden states are not kept.
         ways, own_ways = _prepare(backbone, probes, self._probe_of, self._owns, settings, merges)
         self._batches = [batches for batches, _ in ways]
@@ -291,6 +294,7 @@ class _Pass:
         if not all(finite):
             blamed = [None, *self._specialists][finite.index(False)]
             raise InputError(_blame(here.number, here.layer, self._backbone, blamed))
+        assert self._directions is not None
         count, size = responses.shape[1] - 1, responses.shape[2]
         for t, modality in enumerate(self._modalities):
             for i in range(count):
@@ -305,6 +309,7 @@ class _Pass:
     def _merge(self, here: _Visit, merge: LayerMerge, states: list[list[Tensor]]) -> None:
         """Have each specialist's layer read what merged layers hand on, merge it, and push that through the result."""
         inputs: Inputs = {}
+        before = self._scratch.mark()
         for i, specialist in enumerate(self._specialists):
             reading = Reading(here.layer, here.touched, self._owns[i], [merge.positions])
             outputs = []
@@ -315,31 +320,32 @@ class _Pass:
                     outputs.append(run_layer(here.layer, as_far, batch.arguments[here.number]))
             if not _is_finite(outputs, self._batches_of[i], self._owns[i], [merge.positions]):
                 raise InputError(_blame(here.number, here.layer, self._backbone, specialist))
-            _enter_read(inputs, here.number, reading.spooled(self._scratch)[merge.positions])
-        self.signals.inputs.setdefault(merge.key, {}).update(inputs)
+            _enter_read(inputs, here.number, reading.spooled(self._scratch).get(merge.positions, {}))
+        kept = self.signals.inputs.setdefault(merge.key, {})
         if here.last:
+            kept.update(inputs)
             return
+        dtype = self._backbone.dtype
+        overflow = InputError(
+            f"the embeddings of the merged model overflow at layer {here.number} in {_short(dtype)}; lower "
+            f"method.lambda{_or_wider(dtype)}."
+        )
         try:
             deltas = merge.merge(here.number, inputs)
-            self._keep_factors(self.signals.merged.setdefault(merge.key, {}), here.number, deltas)
-            with attached(here.layer, deltas), torch.no_grad():
-                for own_batches, own_states in zip(self._batches, states, strict=True):
-                    _push(here.layer, here.number, own_batches, own_states)
-            finite = all(bool(state.isfinite().all()) for own_states in states for state in own_states)
-        except (ValueError, torch.linalg.LinAlgError):
-            finite = False  # no solution for inputs that are none
-        if not finite:
-            raise InputError(
-                f"the embeddings of the merged model overflow at layer {here.number} in "
-                f"{_short(self._backbone.dtype)}; lower method.lambda, or set probe.dtype to float32."
-            )
-
-    def _keep_factors(
-        self, merged: dict[str, tuple[Spooled, Spooled]], number: int, deltas: Mapping[str, Delta]
-    ) -> None:
-        for name, delta in deltas.items():
-            if isinstance(delta, LoraDelta):
-                merged[f"layers.{number}.{name}"] = self._scratch.put(delta.folded_b), self._scratch.put(delta.a)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise overflow from error  # no solution for inputs that are so large
+        known = {f"layers.{here.number}.{n}": own for n, own in deltas.items() if isinstance(own, LoraDelta)}
+        kept.update({name: own for name, own in inputs.items() if name not in known})
+        if inputs.keys() <= known.keys():
+            self._scratch.rewind(before)
+        factors = self.signals.merged.setdefault(merge.key, {})
+        for name, delta in known.items():
+            factors[name] = self._scratch.put(delta.folded_b), self._scratch.put(delta.a)
+        with attached(here.layer, deltas), torch.no_grad():
+            for own_batches, own_states in zip(self._batches, states, strict=True):
+                _push(here.layer, here.number, own_batches, own_states)
+        if not all(bool(state.isfinite().all()) for own_states in states for state in own_states):
+            raise overflow
 
 
 def _prepare(
@@ -458,10 +464,13 @@ def _blame(number: int, layer: nn.Module, backbone: Backbone, specialist: Probed
             file = stored.checkpoint.info(stored.name).file
             return f"{file}: tensor {stored.name} has NaN or infinite values; download or save it again."
     model = f"specialist {specialist.name}" if specialist else "the base"
-    return (
-        f"the embeddings of {model} overflow at layer {number} in {_short(backbone.dtype)}; "
-        "set probe.dtype to float32 or bfloat16."
-    )
+    remedy = _or_wider(backbone.dtype).removeprefix(", or ") or "its weights are too large: train or save it again"
+    return f"the embeddings of {model} overflow at layer {number} in {_short(backbone.dtype)}; {remedy}."
+
+
+def _or_wider(dtype: torch.dtype) -> str:
+    """What else can be done about an overflow; nothing where no dtype has larger numbers."""
+    return ", or set probe.dtype to float32 or bfloat16" if dtype == torch.float16 else ""
 
 
 def _short(dtype: torch.dtype) -> str:

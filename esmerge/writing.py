@@ -364,20 +364,25 @@ def write_all(plan: Plan, outputs: Sequence[Output], progress: bool) -> None:
     several = len(outputs) > 1
 
     def write(number: int) -> None:
-        with ExitStack() as stack:
-            if len(groups[number]) > 1:
-                stack.enter_context(outputs[0].merger.sharing_matchers())
-            for own in groups[number]:
-                write_one(*own)
+        group = groups[number]
+        if len(group) == 1:
+            write_one(*group[0])
+            return
+        merger = group[0][1][0].merger  # of the only output
+        # Their matcher is there until the last of them is merged.
+        needed = max(merger.matcher_memory(target.name) for target, _ in group)
+        with budget.room(needed), merger.sharing_matchers():
+            for own in group:
+                write_one(*own, has_room=True)
 
-    def write_one(target: Target, wanting: Sequence[Output]) -> None:
+    def write_one(target: Target, wanting: Sequence[Output], has_room: bool = False) -> None:
         deltas = plan.deltas(target)
         stream = TensorStream(plan.checkpoint, target.stored, target.shape, deltas, device, several, changing)
         with ExitStack() as stack:
             if several and sum(c.info(name).nbytes for c, name in _inputs(plan, target)) <= _REMEMBERED_BYTES:
                 for checkpoint, name in _inputs(plan, target):
                     stack.enter_context(checkpoint.remembering(name))
-            if target.merged:
+            if target.merged and not has_room:
                 needed = max(output.merger.memory(target.name, stream) for output in wanting)
                 stack.enter_context(budget.room(needed))
             for output in wanting:

@@ -1,18 +1,17 @@
 """How many prompts fit into memory at a time."""
 
 import gc
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+
+from esmerge.memory import available_memory
 
 # Beyond these, larger batches do not compute faster, but fill up more with padding.
 MOST_ROWS = {"cpu": 32}
 MOST_ROWS_ELSEWHERE = 256
 # For what the estimate leaves out, and for others on the machine.
 _USABLE_SHARE = 0.6
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,21 +31,8 @@ def release_memory() -> None:
 
 def free_memory(device: torch.device, processes: int) -> int:
     """Bytes that one of the `processes` on this machine may use on its device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    # A container has less than its machine.
-    limit = _text(_CGROUP / "memory.max")
-    if limit.isdigit():
-        free = min(free, int(limit) - int(_text(_CGROUP / "memory.current") or 0))
-    return max(0, int(free)) // processes
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
+    free = available_memory(device)
+    return free if device.type == "cuda" else free // processes
 
 
 def bytes_per_row(config: Any, itemsize: int, length: int, logits: int) -> int:

@@ -17,7 +17,7 @@ Sparsifier = Callable[..., Callable[[Tensor], Tensor]]
 
 
 class Matcher(Protocol):
-    """How deltas are merged whose products with their layer's inputs are matched; made anew for every tensor."""
+    """How deltas are merged whose products with their layer's inputs are matched; one serves all that read the same."""
 
     def product(self, index: int, rows: Tensor) -> Tensor:
         """What rows [h, in] of a specialist's delta, or of its factor A, enter the sum with."""

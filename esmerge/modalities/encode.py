@@ -96,8 +96,10 @@ def encode_items(
 def _common_key(modality: Modality, weights_hash: str, dtype: torch.dtype, device: torch.device) -> str:
     """All that soft tokens depend on beside an item's features, to the last bit."""
     packages = [version("torch"), version("transformers")]
+    threads = torch.get_num_threads() if device.type == "cpu" else None  # they decide what is summed up first
     return json.dumps(
-        [modality.version, modality_settings(modality), weights_hash, str(dtype), device.type, packages], sort_keys=True
+        [modality.version, modality_settings(modality), weights_hash, str(dtype), device.type, threads, packages],
+        sort_keys=True,
     )
 
 

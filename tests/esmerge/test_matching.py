@@ -1,6 +1,8 @@
 """Methods that match what the specialists read, against plain transformers, PEFT and the normal equations."""
 
 import itertools
+import time
+import weakref
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -17,6 +19,7 @@ from esmerge.errors import InputError
 from esmerge.layer_inputs import READ_POSITIONS, read_positions
 from esmerge.methods import METHODS, embedding_matching, regmean
 from esmerge.probe import Probe, ProbeBatch
+from esmerge.scores import Scratch
 
 NAMES = ("molecule", "protein", "cell")
 LENGTH = 12
@@ -357,6 +360,86 @@ def test_what_reads_the_same_is_solved_once(llama, merge, probed, tmp_path, monk
     assert load_file(merged / "model.safetensors").keys() == load_file(llama / "base" / "model.safetensors").keys()
 
 
+@pytest.fixture
+def some_layers(llama, make_adapter):
+    """Adapters that leave the first layer as it is, by name."""
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 2]}
+    return {
+        name: {"model": str(make_adapter(llama / "base", llama / f"some-{name}", seed, **settings))}
+        for seed, name in enumerate(NAMES)
+    }
+
+
+def test_layers_that_no_specialist_changes_hand_on_what_the_base_does(merge, probed, some_layers):
+    """So the first layer that is merged reads the same whether layers read what merged ones hand on or not."""
+    content, _ = probed(5, "embedding_matching")
+    found = {}
+    for activations in ("specialist", "merged"):
+        method = {"name": "embedding_matching", "activations": activations}
+        folder = merge(content | {"specialists": some_layers, "method": method}, activations)
+        found[activations] = load_file(folder / "adapter_model.safetensors")
+    ours, plain = found["merged"], found["specialist"]
+    assert ours.keys() == plain.keys() and not any("layers.0." in name for name in ours)
+    first = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(ours[first], plain[first])
+    later = first.replace("layers.1", "layers.2")
+    assert not torch.equal(ours[later], plain[later])
+
+
+def test_the_scratch_file_has_what_is_read_in_the_probes_dtype_until_it_is_merged(llama, merge, probed, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("esmerge.layer_inputs.READ_POSITIONS", 6)
+    leave = Scratch.__exit__
+    monkeypatch.setattr(Scratch, "__exit__", lambda self, *error: sizes.append(self.mark()) or leave(self, *error))
+    for activations in ("specialist", "merged"):
+        content, _ = probed(7, {"name": "embedding_matching", "activations": activations})
+        content["probe"]["dtype"] = "bfloat16"
+        merge(content, activations)
+    config = LlamaConfig.from_pretrained(llama / "base")
+    # Queries, keys and values read the same, as gate and up do.
+    of_a_layer = len(NAMES) * 6 * 2 * (3 * config.hidden_size + config.intermediate_size)
+    ranks = sum(PeftConfig.from_pretrained(llama / name).r for name in NAMES)
+    kv = config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    shapes = [config.hidden_size * 2, config.hidden_size + kv] * 2
+    shapes += [config.hidden_size + config.intermediate_size] * 3
+    factors = 4 * ranks * sum(shapes)
+    layers = config.num_hidden_layers
+    assert sizes == [of_a_layer * layers, factors * (layers - 1) + of_a_layer]
+
+
+def test_matchers_that_are_shared_keep_their_room_until_the_last_tensor(merge, probed, monkeypatch):
+    content, _ = probed(5, "embedding_matching")
+    content["output"] = {"format": "full", "dtype": "float32"}
+    method, alive, most = METHODS["embedding_matching"], weakref.WeakSet(), []
+
+    @wraps(method.match)
+    def slow(*inputs, **parameters):
+        made = Kept(method.match(*inputs, **parameters))
+        alive.add(made)
+        most.append(len(alive))
+        return made
+
+    class Kept:
+        def __init__(self, matching):
+            self.matching = matching
+
+        def __getattr__(self, name):
+            time.sleep(0.005)
+            return getattr(self.matching, name)
+
+    monkeypatch.setitem(METHODS, "embedding_matching", replace(method, match=slow))
+    # Of which half is used: each runs alone.
+    monkeypatch.setattr("esmerge.writing.available_memory", lambda device: 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    try:
+        merge(content)
+    finally:
+        torch.set_num_threads(threads)
+    assert max(most) == 1
+
+
 def probe_of(items, tails, batch_size=4):
     """A probe of one modality whose inputs have so many positions of an item and after it."""
     batches = []
@@ -440,7 +523,7 @@ def test_bases_whose_positions_go_by_the_length_are_known(make_base, tmp_path, k
 
 def test_a_merged_model_that_overflows_is_one_sentence(llama, merge, probed):
     content, _ = probed(4, {"name": "regmean", "activations": "merged", "lambda": 1e30})
-    with pytest.raises(InputError, match=r"merged model overflow at layer 0 in float32; lower method\.lambda"):
+    with pytest.raises(InputError, match=r"merged model overflow at layer 0 in float32; lower method\.lambda\.$"):
         merge(content)
 
 
@@ -456,7 +539,8 @@ def test_a_specialist_with_values_that_are_none_is_named(llama, merge, probed, t
         merge(content)
 
 
-def test_matrices_that_no_linear_layer_has_are_averaged_with_a_warning(merge, make_base, tmp_path, caplog):
+@pytest.mark.parametrize("activations", ["specialist", "merged"])
+def test_matrices_that_no_linear_layer_has_are_averaged_with_a_warning(merge, make_base, tmp_path, caplog, activations):
     make_base(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), tmp_path / "base")
     random = torch.Generator().manual_seed(0)
     for name in NAMES:
@@ -480,8 +564,8 @@ def test_matrices_that_no_linear_layer_has_are_averaged_with_a_warning(merge, ma
     }
     with caplog.at_level("WARNING"):
         matched, average = (
-            load_file(merge(content | {"method": method}, method) / "model.safetensors")
-            for method in ("embedding_matching", "linear")
+            load_file(merge(content | {"method": method}, method["name"]) / "model.safetensors")
+            for method in ({"name": "embedding_matching", "activations": activations}, {"name": "linear"})
         )
     assert "embedding_matching averages 8 of 8 matrices, " in caplog.text
     for key, tensor in average.items():

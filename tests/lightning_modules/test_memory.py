@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from lightning_modules import memory
+from esmerge import memory
 from lightning_modules.memory import first_batch_size, free_memory
 
 CPU = torch.device("cpu")

@@ -107,6 +107,12 @@ def test_what_soft_tokens_depend_on_is_in_the_key(make, esm_settings, tmp_path):
     # What leads to the same features need not be encoded again.
     encode_items(modality, encoder, ["mkt", " MKT "], 8, tmp_path, "weights", progress=False)
     assert len(sizes) == 4
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert encode() == 5
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_values_do_not_depend_on_what_else_is_encoded(make, esm_settings):
