@@ -10,6 +10,8 @@ from benchmarks.testbed.study.statistics import half_width
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _SIGNALS, _OTHERS, _REFERENCES = "#D55E00", "#0072B2", "#7f7f7f"
+# Of an axis of scores, so that noise does not look like a trend.
+_SMALLEST_RANGE = 0.05
 
 
 def score_figure(values: Mapping[str, Sequence[float]], signals: Sequence[str], references: Sequence[str]) -> Figure:
@@ -26,12 +28,12 @@ def score_figure(values: Mapping[str, Sequence[float]], signals: Sequence[str], 
     for place, title in enumerate(order):
         own = values[title]
         color = _SIGNALS if title in signals else _REFERENCES if title in references else _OTHERS
-        error = half_width(own) if len(own) > 1 else 0.0
+        error = half_width(own) if len(own) > 2 else 0.0
         axes.errorbar(fmean(own), place, xerr=error, color=color, fmt="none", linewidth=1, alpha=0.5)
         axes.plot(fmean(own), place, "o", color=color)
         axes.plot(own, [place] * len(own), ".", color=color, alpha=0.5)
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel("mean score on test data, with the 95 % interval over seeds")
+    axes.set_xlabel("mean score on test data, of each training and their mean; the 95 % interval of three or more")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -85,6 +87,9 @@ def line_figure(lines: Mapping[str, Mapping[float, float]], label: str) -> Figur
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("mean score on validation data")
+    low, high = axes.get_ylim()
+    margin = max(0.0, _SMALLEST_RANGE - (high - low)) / 2
+    axes.set_ylim(low - margin, high + margin)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure

@@ -6,7 +6,7 @@ What is not there yet is shown as a dash.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +14,7 @@ from benchmarks.testbed.report import write_table
 from benchmarks.testbed.results_table import markdown_table
 from benchmarks.testbed.study.classical import drug_and_cell, drug_and_target
 from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
-from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, interval_of_control, resampled
+from benchmarks.testbed.study.comparisons import Resampled, compare_with_all, resampled, width_of_control
 from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.figures import gap_figure, line_figure, runtime_figure, save, score_figure
 from benchmarks.testbed.study.jobs import AS_PUBLISHED, PROBE_SIZE_SEED, PROBE_SIZES
@@ -53,6 +53,7 @@ from benchmarks.testbed.study.statistics import half_width, holm, rank_correlati
 from benchmarks.testbed.study.table_rows import MERGES, REFERENCES, SIGNALS, TITLES, TRAINED
 from benchmarks.testbed.study.tasks import SHUFFLED, TASKS
 from esmerge.figures import draw_figures
+from esmerge.methods import METHODS
 from esmerge.results import COEFFICIENTS_FILE, read_coefficients
 
 README = Path(__file__).parent.parent / "README.md"
@@ -96,8 +97,8 @@ def _map(function: object, seeds: dict[int, Scores]) -> list[float]:
 def _with_interval(values: Sequence[float]) -> str:
     if not values:
         return NOTHING
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
+    if len(values) <= 2:  # Student's t makes an interval of two, but not a useful one
+        return " / ".join(f"{value:.3f}" for value in values)
     return f"{fmean(values):.3f} ± {half_width(values):.3f}"
 
 
@@ -160,16 +161,30 @@ def unlabelled_table(found: Found) -> str:
 
 def unlabelled_sentence(found: Found) -> str:
     """How well the gap tells the score over all settings of all rows, each once."""
-    settings: dict[str, tuple[float, float]] = {}
+    # One merge may stand in several rows, but no two have the same numbers.
+    families: dict[str, set[tuple[float, float]]] = {}
     for name, scores in found.choices.items():
-        own = row(name)
         for variant, score in scores.items():
-            settings[f"{own.variants[variant]} {own.space} {own.own_prompts}"] = found.gaps[name][variant], score
-    gaps, scores_of_all = zip(*settings.values(), strict=True)
+            own = row(name).variants[variant]
+            reads = METHODS[own["method"]["name"]].match is not None
+            signals = isinstance(own["coefficients"], dict) and "from" in own["coefficients"]
+            family = "that match" if reads else "with coefficients from signals" if signals else "of other methods"
+            families.setdefault(family, set()).add((found.gaps[name][variant], score))
+    told = [
+        f"{_correlation(own)} over the {len(own)} settings {family}"
+        for family, own in families.items()
+        if len(own) > 2  # a correlation of two is no number to tell
+    ]
+    every = set().union(*families.values())
     return (
-        f"Over all {len(settings)} settings measured, the rank correlation of gap and score is "
-        f"{rank_correlation(gaps, scores_of_all):+.2f}."
+        f"The rank correlation of gap and score is {_correlation(every)} over all {len(every)} settings measured"
+        f"{''.join(f', {own}' for own in told)}."
     )
+
+
+def _correlation(points: Collection[tuple[float, float]]) -> str:
+    gaps, scores = zip(*sorted(points), strict=True)
+    return f"{rank_correlation(gaps, scores):+.2f}"
 
 
 def control_table(places: Places, found: Found) -> str:
@@ -184,8 +199,8 @@ def control_table(places: Places, found: Found) -> str:
         for task in controlled:
             true = fmean(found.scores[name][seed][task.name] for seed in controls)
             shuffled = fmean(own[f"{task.name}_{SHUFFLED}"] for own in controls.values())
-            low, high = interval_of_control(places, name, task.name, list(controls))
-            cells += [f"{true:.3f}", f"{shuffled:.3f}", f"{true - shuffled:+.3f} [{low:+.3f}, {high:+.3f}]"]
+            width = width_of_control(places, name, task.name, list(controls))
+            cells += [f"{true:.3f}", f"{shuffled:.3f}", f"{true - shuffled:+.3f} ± {width:.3f}"]
         rows.append([TITLES[name], *cells])
     limits = {task.name: task.test for task in TASKS}
     effects = [drug_and_cell(limits["gdsc2_mid_potency"]), drug_and_target(limits["pydta"])]
@@ -212,7 +227,9 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
     if means:
         figures["overall"] = score_figure(means, signals, [*REFERENCES.values(), *TRAINED.values()])
     if found.seconds:
-        figures["runtime"] = runtime_figure({TITLES[name]: own for name, own in found.seconds.items()}, signals)
+        figures["runtime"] = runtime_figure(
+            {TITLES[name]: list(own.values()) for name, own in found.seconds.items()}, signals
+        )
     if lines:
         figures["probe_size"] = line_figure(lines, f"probe samples (specialists of training {PROBE_SIZE_SEED})")
     if found.choices:
@@ -246,7 +263,7 @@ def page(places: Places, readme: Path, figures: Path) -> None:
     parts = [
         "### Scores on test data",
         f"Means over those of the {len(SEEDS)} trainings of the specialists of which all merges have results (last "
-        "column), with 95 % intervals (Student's t) over them.",
+        "column), with 95 % intervals (Student's t) over them; of one or two, each by itself.",
         scores_table(found),
         *(_paired(found, resamples, name) for name in _compared(found)),
         "### Settings, and how they were chosen",

@@ -30,7 +30,7 @@ class Found:
         choices: row or variation -> setting -> mean score on validation data.
         gaps: row or variation -> setting -> gap between merged embeddings and the specialists'.
         probe_sizes: row -> samples -> mean score on validation data.
-        seconds: row -> how long merging took, by seed.
+        seconds: row -> seed -> how long merging took.
     """
 
     scores: dict[str, dict[int, Scores]]
@@ -38,14 +38,14 @@ class Found:
     choices: dict[str, dict[str, float]]
     gaps: dict[str, dict[str, float]]
     probe_sizes: dict[str, dict[int, float]]
-    seconds: dict[str, list[float]]
+    seconds: dict[str, dict[int, float]]
 
 
 def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe_sizes: Sequence[int]) -> Found:
     """What is there so far of rows, of variations that have validation scores alone, and of sizes of the probe."""
     scores: dict[str, dict[int, Scores]] = {}
     controls: dict[str, dict[int, Scores]] = {}
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, dict[int, float]] = {}
     for name in rows:
         for seed in SEEDS:
             folder = places.test(seed, name)
@@ -56,7 +56,7 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
                 if len(shuffled) == sum(task.control for task in TASKS):
                     controls.setdefault(name, {})[seed] = shuffled
                 if (folder / MERGE_FILE).exists():
-                    seconds.setdefault(name, []).append(_read(folder / MERGE_FILE)["seconds"])
+                    seconds.setdefault(name, {})[seed] = _read(folder / MERGE_FILE)["seconds"]
     chosen = {
         name: _read(file) for name in (*rows, *variations) if (file := places.validation(name) / CHOICE_FILE).exists()
     }
@@ -86,7 +86,17 @@ def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
             for name, seeds in rows.items()
         }
 
-    return replace(found, scores=of(found.scores), controls=of(found.controls))
+    seconds = {
+        name: {seed: own for seed, own in of_row.items() if seed in shared} or of_row
+        for name, of_row in found.seconds.items()
+    }
+    scores = of(found.scores)
+    controls = {
+        name: kept
+        for name, seeds in found.controls.items()
+        if (kept := {seed: own for seed, own in seeds.items() if seed in scores.get(name, {})})
+    }
+    return replace(found, scores=scores, controls=controls, seconds=seconds)
 
 
 def best_on_validation(found: Found, rows: Iterable[str]) -> str | None:

@@ -1,13 +1,15 @@
 """What the page says of results in a few lines, on results that are made up."""
 
+from statistics import fmean
+
 import pytest
 import torch
 
 from benchmarks.testbed.data import MODALITIES
-from benchmarks.testbed.study.comparisons import compare, compare_with_all
+from benchmarks.testbed.study.comparisons import compare, compare_with_all, distinct_merges
 from benchmarks.testbed.study.conclusion import conclusion
 from benchmarks.testbed.study.results import Found, over_shared_trainings
-from benchmarks.testbed.study.rows import MATCHING
+from benchmarks.testbed.study.rows import MATCHING, PUBLISHED, PUBLISHED_VARIANT
 from benchmarks.testbed.study.table_rows import MERGES
 from benchmarks.testbed.study.tasks import TASKS
 
@@ -90,17 +92,43 @@ def test_what_validation_data_chose_is_told_against_what_test_data_ranks_highest
         f"the mean of all tasks, over 2 trainings: place 3 of {len(MERGES)} merges. (The other ways to match: "
         "embedding matching, as read 0.705, embedding matching, own prompts 0.695, embedding matching 0.685.)"
     )
-    assert told[1].startswith("- The best other merge is TSV-M, 0.605: +0.095 [+0.095, +0.095]")
+    assert told[1].startswith(
+        "- Of other merges that know none of the tasks' questions, the best is TSV-M, 0.605: +0.095 [+0.095, +0.095]"
+    )
     # Each p is as many times as large as there are rows that it is compared with.
     assert f"p = 0.004, Holm-adjusted {(len(MERGES) - 1) * 2 / 501:.3f} (by training 43: +0.095, 44:" in told[1]
-    assert told[2].startswith(
-        "- With prompts of the tasks' own questions, the best other merge is RegMean, own prompts, 0.715: -0.015"
-    )
+    assert told[2].startswith("- Of those that know them, the best is RegMean, own prompts, 0.715: -0.015")
     assert told[3].startswith("- With the specialists of training 44 alone")
     assert "against TSV-M: +0.095 [+0.095, +0.095], p = 0.004" in told[3]
+    assert told[4].startswith("- By task, against TSV-M: BBB +0.095, antimicrobial +0.095, tissue +0.095,")
+    assert "Against the uniform average: BBB +0.195," in told[4]
+    assert told[5] == (
+        "- On tasks about two modalities: embedding matching, merged layers 0.700, TSV-M 0.605, RegMean, own prompts "
+        "0.715, uniform average 0.505, the molecule specialist alone 0.725."
+    )
     kept = 100 * (0.695 / 0.72 + 0.705 / 0.73) / 2
-    assert f"it keeps {kept:.1f} % of what the specialists score" in told[4]
-    assert f"comes to 0.405, place {len(MERGES)} of {len(MERGES)} merges, below the uniform average: -0.100" in told[5]
+    assert f"it keeps {kept:.1f} % of what the specialists score" in told[6]
+    # Of `tissue`, of 14 tissues, what exceeds chance is more than of the others, of two answers.
+    chances = [1 / 14, 0.5, 0.5, 0.5]
+    beyond = 100 * fmean((x - c) / (x + 0.025 - c) for x in (0.695, 0.705) for c in chances)
+    assert f"Of what that exceeds chance by, they keep {beyond:.1f} %, " in told[6]
+    assert f"comes to 0.405, place {len(MERGES)} of {len(MERGES)} merges, below the uniform average: -0.100" in told[7]
+
+
+def test_a_row_whose_chosen_setting_is_the_published_one_is_no_other_merge(found, drawn):
+    found.choices[PUBLISHED] = {PUBLISHED_VARIANT: 0.6, "other": 0.7}
+    assert distinct_merges(found) == MERGES
+    found.choices[PUBLISHED] = {PUBLISHED_VARIANT: 0.7, "other": 0.6}
+    assert set(MERGES) - set(distinct_merges(found)) == {PUBLISHED}
+    told = conclusion(found, drawn).splitlines()
+    assert f"place 3 of {len(MERGES) - 1} merges" in told[0]
+    assert f"Holm-adjusted {(len(MERGES) - 2) * 2 / 501:.3f}" in told[1]
+
+
+def test_what_chance_could_have_made_is_not_told_apart(found, drawn):
+    for own in drawn["published"].values():
+        own += torch.linspace(0, 0.25, own.shape[1], dtype=torch.float64)
+    assert "not told apart from the uniform average" in conclusion(found, drawn).splitlines()[-1]
 
 
 def test_a_choice_that_knows_the_questions_says_so(found, drawn):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from benchmarks.testbed.study.coefficients import elements_sentence, layers_sentence
+from benchmarks.testbed.study.comparisons import width_of_control
+from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.statistics import (
     bootstrap_p_value,
@@ -60,24 +62,32 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1, abs=1e-5)
 
 
-def test_pairs_are_drawn_by_both_partners(tmp_path, monkeypatch):
-    """A score that depends on the molecule alone varies as molecules drawn by themselves do, however many pairs."""
-    ids = [f"{molecule} with {partner}" for molecule in range(8) for partner in range(30)]
-    known = {name: tuple(name.split(" with ")) for name in ids}
-    records = []
-    for name in ids:
-        molecule = int(known[name][0])
-        right = molecule < 4
-        odds = {"Yes": 1.0, "No": 0.0} if right else {"Yes": 0.0, "No": 1.0}
-        records.append({"id": name, "answer": "Yes", "prediction": max(odds, key=odds.get), "log_likelihoods": odds})
+@pytest.fixture
+def answered(monkeypatch):
+    """A function that writes the log of a task about pairs whose answers are right where they should be."""
     result = {
         "task": {"choices": ["Yes", "No"]},
         "settings": {"choice_lengths": [1, 1]},
         "scores": {"accuracy": None},
     }
     monkeypatch.setattr("benchmarks.testbed.study.resampling.read_results", lambda _: result)
-    (tmp_path / RESULTS_FOLDER).mkdir()
-    write_log(log_file(tmp_path / RESULTS_FOLDER, "pairs"), records)
+
+    def write(folder, task, right):
+        (folder / RESULTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        records = []
+        for (molecule, partner), is_right in right.items():
+            odds = {"Yes": float(is_right), "No": float(not is_right)}
+            records.append({"id": f"{molecule} with {partner}", "answer": "Yes", "log_likelihoods": odds})
+            records[-1]["prediction"] = max(odds, key=odds.get)
+        write_log(log_file(folder / RESULTS_FOLDER, task), records)
+        return {f"{molecule} with {partner}": (molecule, partner) for molecule, partner in right}
+
+    return write
+
+
+def test_pairs_are_drawn_by_both_partners(answered, tmp_path, monkeypatch):
+    """A score that depends on the molecule alone varies as molecules drawn by themselves do, however many pairs."""
+    known = answered(tmp_path, "pairs", {(m, p): m < 4 for m in range(8) for p in range(30)})
     single = resampled_scores(tmp_path, ["pairs"])[0]
     assert single.std() == pytest.approx((0.25 / 240) ** 0.5, rel=0.1)
     monkeypatch.setattr("benchmarks.testbed.study.resampling.partners", lambda _: known)
@@ -85,6 +95,18 @@ def test_pairs_are_drawn_by_both_partners(tmp_path, monkeypatch):
     assert both.mean() == pytest.approx(0.5, abs=0.02)
     assert both.std() == pytest.approx((0.25 / 8) ** 0.5, rel=0.1)
     assert torch.equal(both, resampled_scores(tmp_path, ["pairs"])[0])
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["few molecules", "single pairs"])
+def test_a_control_is_as_uncertain_as_the_side_that_varies(answered, tmp_path, monkeypatch, single):
+    """And not three times so where no molecule and no partner is in two pairs."""
+    places = Places(tmp_path)
+    true = {(n, n): n < 120 for n in range(240)} if single else {(m, p): m < 4 for m in range(8) for p in range(30)}
+    known = answered(places.test(42, "row"), "pairs", true)
+    answered(places.test(42, "row"), "pairs_shuffled", dict.fromkeys(true, False))
+    monkeypatch.setattr("benchmarks.testbed.study.resampling.partners", lambda _: known)
+    expected = 1.96 * (0.25 / (240 if single else 8)) ** 0.5
+    assert width_of_control(places, "row", "pairs", [42]) == pytest.approx(expected, rel=0.1)
 
 
 def test_coefficients_are_told_in_a_sentence():
