@@ -22,8 +22,14 @@ def available_memory(device: torch.device) -> int:
     # A container has less than its machine.
     limit = _text(_CGROUP / "memory.max")
     if limit.isdigit():
-        free = min(free, int(limit) - int(_text(_CGROUP / "memory.current") or 0))
+        free = min(free, int(limit) - int(_text(_CGROUP / "memory.current") or 0) + _given_back())
     return max(0, free)
+
+
+def _given_back() -> int:
+    """Bytes that count as used, but are files' contents that nobody has read for a while: a checkpoint's, for one."""
+    lines = (line.split() for line in _text(_CGROUP / "memory.stat").splitlines())
+    return next((int(value) for name, value in lines if name == "inactive_file"), 0)
 
 
 def _text(file: Path) -> str:

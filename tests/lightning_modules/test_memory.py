@@ -22,10 +22,13 @@ def container(tmp_path, monkeypatch):
     return container
 
 
-def test_the_smaller_of_machine_and_container_counts(container):
+def test_the_smaller_of_machine_and_container_counts(container, tmp_path):
     container(5 << 20, 2 << 20)
     assert free_memory(CPU, 1) == 3 << 20
     assert free_memory(CPU, 3) == 1 << 20
+    # What it has read of files is given back when something else needs the room.
+    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {1 << 20}\nactive_file 9\n")
+    assert free_memory(CPU, 1) == 4 << 20
     for unlimited in ("max", 1 << 60):
         container(unlimited, 0)
         assert 0 < free_memory(CPU, 1) <= psutil.virtual_memory().total

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import TaskScore, first_scores
@@ -16,6 +16,7 @@ from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.tasks import CROSS, OWN, SHUFFLED, TASKS
 from lightning_modules.evaluation_results import read_results, results_file
 
+T = TypeVar("T")
 # Scores by task of one model.
 Scores = dict[str, float]
 
@@ -80,23 +81,19 @@ def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
     every = [set(found.scores.get(name, {})) for name in merges]
     shared = set.intersection(*every) if every else set()
 
-    def of(rows: dict[str, dict[int, Scores]]) -> dict[str, dict[int, Scores]]:
-        return {
-            name: {seed: own for seed, own in seeds.items() if seed in shared} if shared & seeds.keys() else seeds
+    scores = {
+        name: {seed: own for seed, own in seeds.items() if seed in shared} or seeds
+        for name, seeds in found.scores.items()
+    }
+
+    def of_these(rows: dict[str, dict[int, T]]) -> dict[str, dict[int, T]]:
+        kept = {
+            name: {seed: own for seed, own in seeds.items() if seed in scores.get(name, {})}
             for name, seeds in rows.items()
         }
+        return {name: own for name, own in kept.items() if own}
 
-    seconds = {
-        name: {seed: own for seed, own in of_row.items() if seed in shared} or of_row
-        for name, of_row in found.seconds.items()
-    }
-    scores = of(found.scores)
-    controls = {
-        name: kept
-        for name, seeds in found.controls.items()
-        if (kept := {seed: own for seed, own in seeds.items() if seed in scores.get(name, {})})
-    }
-    return replace(found, scores=scores, controls=controls, seconds=seconds)
+    return replace(found, scores=scores, controls=of_these(found.controls), seconds=of_these(found.seconds))
 
 
 def best_on_validation(found: Found, rows: Iterable[str]) -> str | None:
