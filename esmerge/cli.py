@@ -247,7 +247,8 @@ def evaluate(
     MODEL is whatever `esmerge.load_model` takes: a merged model with or without encoders, a PEFT adapter, any causal
     LLM of transformers. Writes `results/<task>.json` (scores with 95 % confidence intervals, hashes, versions) and
     `results/<task>.jsonl` (a line per sample) in the model's folder. Neither the batch size nor the number of devices
-    changes the scores beyond rounding; a fixed `--batch-size` gives the same bits. `esmerge tasks` lists the tasks.
+    changes the scores beyond rounding; a fixed `--batch-size` gives the same bits (on CPUs, where each process has the
+    same number of threads, `OMP_NUM_THREADS`). `esmerge tasks` lists the tasks.
 
     Items of modalities that a multimodal model has encoders for go through these. A model without any encoder reads all
     items as text; one with encoders, but not for a modality of the task, is refused unless `--as-text` says otherwise.

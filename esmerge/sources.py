@@ -24,6 +24,11 @@ class Source:
     folder: Path
     commit: str | None = None
 
+    @property
+    def pinned(self) -> str:
+        """What `resolve` finds it by again, from anywhere: the repository at its commit, or the folder's whole path."""
+        return str(self.folder.resolve()) if self.commit is None else f"{self.reference}@{self.commit}"
+
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """One of its JSON files; `InputError` if it is missing or no JSON object."""
         return read_json(self.folder / name)

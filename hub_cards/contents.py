@@ -68,6 +68,7 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|sk-[\w-]{20,})\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
+_ADDRESS = re.compile(r"https?://[^\s\"'<>]+")
 _HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[\w.-]+|/root/[\w.-]+")
 
 
@@ -206,7 +207,7 @@ def _check_leaks(upload: Upload, folder: Path, token: str | None) -> None:
         return  # tokens look like anything
     own = [str(place) for place in (folder.resolve(), folder.resolve().parent, Path.home()) if len(place.parts) > 2]
     leak = next((place for place in own if place in text), None) or (
-        found[0] if (found := _HOME.search(text)) else None
+        found[0] if (found := _HOME.search(_ADDRESS.sub("", text))) else None
     )
     if leak is None and upload.path.endswith(".json"):
         leak = _path_in(json.loads(text))

@@ -78,8 +78,8 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything is there already."""
-        return not (self.added or self.changed or self.removed)
+        """Whether everything is there already, on the branch too."""
+        return self.repository.branch_exists and not (self.added or self.changed or self.removed)
 
     @property
     def warning(self) -> str | None:

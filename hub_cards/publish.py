@@ -87,9 +87,10 @@ def publish(
         plan = replace(plan, left_out=left_out, notes=card.notes)
         _check_tag(plan)
         _check_edits(api, plan, card)
-        if (not plan.is_empty or (destination.tag and destination.tag not in repository.tags)) and not confirm(plan):
-            return None
-        write_card(folder, card)
+        if not plan.is_empty or (destination.tag and destination.tag not in repository.tags):
+            if not confirm(plan):
+                return None
+            write_card(folder, card)
         commit, revision = (repository.commit, repository.revision) if plan.is_empty else _send(api, plan)
         if destination.tag and destination.tag not in repository.tags:
             api.create_tag(destination.repo_id, tag=destination.tag, revision=commit)
@@ -274,6 +275,9 @@ def _send(api: HfApi, plan: Plan) -> tuple[str, str | None]:
         parent = api.repo_info(destination.repo_id).sha
     if revision is not None and not repository.branch_exists:
         api.create_branch(destination.repo_id, branch=revision, revision=parent, exist_ok=True)
+    if not (plan.added or plan.changed or plan.removed):
+        assert parent is not None
+        return parent, revision
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(upload.operation for upload in (*plan.added, *plan.changed)),
         *(CommitOperationDelete(path) for path in plan.removed),

@@ -1,6 +1,7 @@
 """Which prompts are computed together, and on which device: fixed by the prompts and the batch size alone.
 
-So neither the number of devices nor an interruption changes what shares a batch, hence any digit of the results.
+So neither the number of devices nor an interruption changes what shares a batch, hence any digit of the results; the
+number of threads may, as it changes the order of sums on a CPU.
 """
 
 from collections.abc import Collection, Iterator, Sequence

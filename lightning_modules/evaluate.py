@@ -37,7 +37,7 @@ from lightning_modules.running import Devices, make_loggers, progress_callbacks,
 from lightning_modules.sample_log import Record, UnfinishedRun, log_file, read_log
 from lightning_modules.samples import Item, Sample, load_samples
 from lightning_modules.soft_tokens import ItemFeatures
-from lightning_modules.tasks import load_task
+from lightning_modules.tasks import check_names, load_task
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def evaluate(
     source = resolve(model, Path(), "the model", settings.trust_remote_code)
     folder = _output_folder(source, output)
     loaded = [load_task(name) for name in tasks]
-    if len({task.name for task in loaded}) < len(loaded):
-        raise InputError("--task: two of the tasks have the same name; give each once.")
+    check_names(loaded, "--task")
     processor = load_processor(model, settings.base, settings.trust_remote_code)
     writer = PromptWriter(processor, ChatFormat.of(processor, settings.chat_template), settings.as_text)
+    writer.check_as_text(loaded, "--as-text")
     prepared = [_prepare(task, processor, writer, settings, folder) for task in loaded]
     settings.devices.check(min(len(task.samples) for task in prepared))
     first = rank_zero_only.rank == 0
@@ -161,14 +161,12 @@ def _prepare(
         compare_sums=by_likelihood and settings.normalise == "none",
     )
     prompts = [writer.write(sample, task.answer_prefix if by_likelihood else "") for sample in samples]
-    encoded = tokenizer([prompt.text for prompt in prompts], add_special_tokens=writer.add_special_tokens)
-    features = ItemFeatures(processor)
     return EvaluatedTask(
         task=task,
         samples=samples,
-        prompt_ids=encoded["input_ids"],
+        prompt_ids=writer.tokenize(prompts),
         items=[prompt.items for prompt in prompts],
-        features=features,
+        features=ItemFeatures(processor),
         choice_ids=choices,
         tokenizer=tokenizer,
         log=UnfinishedRun(folder / RESULTS_FOLDER, task.name),
@@ -287,6 +285,7 @@ def _described(settings: EvaluationSettings, module: Evaluation, task: Evaluated
         "dtype": str(module.dtype_of_weights).removeprefix("torch."),
         "batch_size": settings.batch_size or task.log.note("batch_size"),
         "devices": settings.devices.count,
+        **({"threads": torch.get_num_threads()} if module.device.type == "cpu" else {}),
         "strategy": settings.devices.strategy,
         "accelerator": module.device.type,
     }

@@ -58,6 +58,7 @@ class Evaluation(LightningModule):
         self.normalise = normalise
         self.sharded = sharded
         self.model: MllmForConditionalGeneration | None = None
+        self._ends: list[int] = []
         self._scorer: tuple[str, AnswerScorer] | None = None
         self._started: dict[str, float] = {}
         self._ended: dict[str, float] = {}
@@ -66,6 +67,10 @@ class Evaluation(LightningModule):
         """Load the model; called by Lightning in every process, possibly more than once."""
         if self.model is None:
             self.model = self.load()
+            # Of a multimodal checkpoint, the LLM inside knows nothing of the checkpoint's generation_config.json.
+            self._ends = _ids(self.model.generation_config.eos_token_id)
+            # transformers fills what is not asked for from here: beams, penalties, words that may not be said.
+            self.llm.generation_config = GenerationConfig()
             for task in self.tasks:
                 self._check_context(task)
             if self.sharded:
@@ -90,17 +95,40 @@ class Evaluation(LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         task = self.tasks[dataloader_idx]
+        if self._alone:
+            self._answer_and_log(task, batch)
+        elif self._failure() is None:
+            try:
+                self._answer_and_log(task, batch)
+            except InputError as error:
+                self.tasks[0].log.fail(str(error))
+
+    def _answer_and_log(self, task: EvaluatedTask, batch: PromptBatch) -> None:
         self._started.setdefault(task.task.name, time.perf_counter())
         records = self.answer(task, batch.samples)
         if batch.counts:
             task.log.append(records, self.global_rank)
         self._ended[task.task.name] = time.perf_counter()
 
+    @property
+    def _alone(self) -> bool:
+        """Whether an error of this process concerns no other that could still be told of it.
+
+        Ranks that share weights cannot be: they wait for each other within a forward.
+        """
+        return self.trainer.world_size == 1 or self.sharded
+
+    def _failure(self) -> str | None:
+        """What the first rank that failed says, for all to stop and one of them to tell the user."""
+        return self.tasks[0].log.failure()
+
     def on_test_epoch_end(self) -> None:
         """All records are on the disk before any process goes on."""
         for task in self.tasks:
             task.log.close()
         self.trainer.strategy.barrier()
+        if self.global_rank == 0 and (failure := self._failure()) is not None:
+            raise InputError(failure)
 
     def speed(self, task: EvaluatedTask) -> dict[str, float]:
         """How long this process was at a task, with how many samples, on all devices together."""
@@ -243,9 +271,7 @@ class Evaluation(LightningModule):
 
     def _greedily(self, task: EvaluatedTask) -> GenerationConfig:
         """Ends at whatever the tokenizer or the model call an end: chat models often have one more for turns."""
-        ends: set[int] = set()
-        for found in (task.tokenizer.eos_token_id, self.llm.generation_config.eos_token_id):
-            ends.update([found] if isinstance(found, int) else found or [])
+        ends = {*self._ends, *_ids(task.tokenizer.eos_token_id)}
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=task.task.max_new_tokens,
@@ -280,6 +306,10 @@ class _Numbers(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.check(scores)
         return scores
+
+
+def _ids(found: int | Sequence[int] | None) -> list[int]:
+    return [found] if isinstance(found, int) else list(found or ())
 
 
 def _asked(task: EvaluatedTask, index: int) -> Record:

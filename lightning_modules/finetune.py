@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, Timer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -30,9 +31,9 @@ from lightning_modules.finetune_recipe import FinetuningRecipe
 from lightning_modules.finetuning import VALIDATION_LOSS, AnswerFinetuning, JudgedFinetuning, StopEarly
 from lightning_modules.finetuning_data import FinetuningData
 from lightning_modules.prompts import NO_TEMPLATE, ChatFormat, PromptWriter, content_digest
-from lightning_modules.running import Devices, make_loggers, quiet_lightning
+from lightning_modules.running import Devices, WholeCheckpoints, make_loggers, quiet_lightning
 from lightning_modules.samples import Sample, load_samples
-from lightning_modules.tasks import load_task
+from lightning_modules.tasks import check_names, load_task
 from lightning_modules.unfinished import UnfinishedFolder, damaged
 
 RECORD = "finetuning.yaml"
@@ -63,13 +64,15 @@ def finetune(
         raise InputError("--strategy fsdp is for evaluation; an adapter is trained with ddp.")
     check_output(output)
     source = resolve(recipe.model, recipe.folder, "model")
-    base = _base_reference(recipe, source)
-    processor = load_processor(source.folder, base)
+    base = _base_of(recipe, source)
+    processor = load_processor(source.folder, _reference(base))
     tasks = [load_task(_task_reference(name, recipe.folder)) for name in recipe.tasks]
+    check_names(tasks, "tasks")
     template = recipe.chat_template
     if template not in (None, NO_TEMPLATE):
         template = str(recipe.folder / template)
     writer = PromptWriter(processor, ChatFormat.of(processor, template), recipe.as_text)
+    writer.check_as_text(tasks, "as_text")
     _check_repeat(recipe, tasks)
     training = {
         task.name: _examples(task, None, recipe.samples, processor, writer) * recipe.repeat.get(task.name, 1)
@@ -92,7 +95,7 @@ def finetune(
     devices.check(min(len(examples) for examples in (data.training, data.validation) if examples))
     work = UnfinishedFolder(output.parent / f".{output.name}.finetuning", f"the training of {output}")
     trainer = _trainer(recipe, data, devices, work.folder, progress)
-    identity = describe_model(source, base) if rank_zero_only.rank == 0 else {}
+    identity = describe_model(source, _reference(base)) if rank_zero_only.rank == 0 else {}
     with work:
         if rank_zero_only.rank == 0:
             work.begin(_run_of(recipe, data, identity, devices), resume)
@@ -100,6 +103,7 @@ def finetune(
         if not trainer.is_global_zero:
             return {}
         loss = _take_best(module, trainer)
+        _check_finite(module, loss)
         record = {
             "recipe": portable(
                 recipe.model_dump(mode="json", exclude_none=True), partial(is_on_hub, relative_to=recipe.folder)
@@ -113,6 +117,8 @@ def finetune(
             "seconds": round(_seconds(trainer), 1),
         }
         result = work.folder / "result"
+        # What is left of one that could not be written to its end.
+        shutil.rmtree(result, ignore_errors=True)
         _save(module.model, processor, source, base, result)
         (result / RECORD).write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
         if (work.folder / _LOGS).exists():
@@ -127,12 +133,16 @@ def _seconds(trainer: Trainer) -> float:
     return next(own for own in trainer.callbacks if isinstance(own, Timer)).time_elapsed()
 
 
-def _base_reference(recipe: FinetuningRecipe, source: Source) -> str | None:
-    """The base, a folder being relative to the recipe if it is named there."""
-    if recipe.base is None:
-        return base_of(source.folder)
-    found = resolve(recipe.base, recipe.folder, "base")
-    return str(found.folder) if found.commit is None else recipe.base
+def _base_of(recipe: FinetuningRecipe, source: Source) -> Source | None:
+    """The base of an adapter, a folder being relative to the recipe if it is named there; None of a whole model."""
+    named = base_of(source.folder, recipe.base)
+    if named is None:
+        return None
+    return resolve(named, Path() if recipe.base is None else recipe.folder, "base")
+
+
+def _reference(source: Source | None) -> str | None:
+    return None if source is None else source.pinned
 
 
 def _check_repeat(recipe: FinetuningRecipe, tasks: Sequence[Task]) -> None:
@@ -155,7 +165,7 @@ def _examples(
     writer.check_modalities(task.name, samples)
     tokenizer = processor.tokenizer
     prompts = [writer.write(sample, task.answer_prefix) for sample in samples]
-    ids = tokenizer([prompt.text for prompt in prompts], add_special_tokens=writer.add_special_tokens)["input_ids"]
+    ids = writer.tokenize(prompts)
     answers = [
         [
             *tokenizer(writer.answer(choice, task.answer_prefix), add_special_tokens=False)["input_ids"],
@@ -191,21 +201,23 @@ def _in_bfloat16(recipe: FinetuningRecipe, devices: Devices) -> bool:
 
 
 def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, folder: Path, progress: bool) -> Trainer:
-    # `last` after every round, to go on from; the best beside it, to end with.
     options: dict[str, Any] = {"dirpath": folder / _CHECKPOINTS, "save_on_train_epoch_end": True}
     options["enable_version_counter"] = False
     # A timer's state is part of checkpoints, so a training that goes on later counts from its beginning.
-    callbacks: list[Callback] = [Timer(), ModelCheckpoint(filename="last", **options)]
+    callbacks: list[Callback] = [Timer()]
     if recipe.validation is not None:
         callbacks.append(ModelCheckpoint(filename="best", monitor=VALIDATION_LOSS, save_weights_only=True, **options))
         if recipe.validation.patience is not None:
             callbacks.append(StopEarly(VALIDATION_LOSS, patience=recipe.validation.patience))
+    # To go on from after every round; after the best, as it holds which that is.
+    callbacks.append(ModelCheckpoint(filename="last", **options))
     with quiet_lightning():
         return devices.trainer(
             unused_parameters=recipe.train_encoders,
             precision="bf16-mixed" if _in_bfloat16(recipe, devices) else "32-true",
             logger=make_loggers(["csv"], folder / _LOGS),
             callbacks=callbacks,
+            plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
             max_epochs=data.rounds,
             reload_dataloaders_every_n_epochs=1,
@@ -216,14 +228,18 @@ def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, f
 
 
 def _load(
-    recipe: FinetuningRecipe, source: Source, base: str | None, devices: Devices
+    recipe: FinetuningRecipe, source: Source, base: Source | None, devices: Devices
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """The model with what is trained in float32 and set to be trained, and all else not."""
     dtype = torch.bfloat16 if _in_bfloat16(recipe, devices) else torch.float32
-    model, processor = load_model(source.folder, base, dtype)
+    model, processor = load_model(source.folder, _reference(base), dtype)
     model.requires_grad_(False)
     if isinstance(model.language_model, PeftModel):
         model.language_model.set_adapter(model.language_model.active_adapter)
+        for module in model.language_model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.train()
+                module.get_base_layer().eval()
     else:
         lora = recipe.lora
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -253,7 +269,7 @@ def _load(
 def _fit(
     recipe: FinetuningRecipe,
     source: Source,
-    base: str | None,
+    base: Source | None,
     data: FinetuningData,
     devices: Devices,
     trainer: Trainer,
@@ -292,8 +308,16 @@ def _take_best(module: AnswerFinetuning, trainer: Trainer) -> float | None:
     return float(best.best_model_score)
 
 
+def _check_finite(module: AnswerFinetuning, loss: float | None) -> None:
+    """Raise `InputError` for a training whose result is of no use."""
+    numbers = {"the validation loss": torch.tensor(loss or 0.0)}
+    numbers |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if bad := next((name for name, values in numbers.items() if not values.isfinite().all()), None):
+        raise InputError(f"the training diverged ({bad} is not finite), so nothing is written: lower learning_rate.")
+
+
 def _save(
-    model: MllmForConditionalGeneration, processor: MllmProcessor, source: Source, base: str | None, folder: Path
+    model: MllmForConditionalGeneration, processor: MllmProcessor, source: Source, base: Source | None, folder: Path
 ) -> None:
     """An adapter where there was one or a plain LLM; a multimodal checkpoint gets the adapter merged into it."""
     folder.mkdir()
@@ -304,8 +328,12 @@ def _save(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return
+    put_on = base or source
     for config in adapted.peft_config.values():
-        config.base_model_name_or_path = _portable_base(source, base)
+        # Like this it is found from anywhere, at the very revision that was trained on.
+        on_hub = put_on.commit is not None
+        config.base_model_name_or_path = put_on.reference if on_hub else put_on.pinned
+        config.revision = put_on.commit
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a template without content
     processor.tokenizer.save_pretrained(folder)
@@ -320,10 +348,3 @@ def _save(
 
 def _stored_type(source: Source) -> str | None:
     return source.config().get("model_type") if (source.folder / "config.json").exists() else None
-
-
-def _portable_base(source: Source, base: str | None) -> str:
-    """How the new adapter names its base: as the old one did, or the model that it was put on."""
-    if base is not None:
-        return base
-    return source.reference if source.commit is not None else str(source.folder.resolve())

@@ -61,7 +61,8 @@ class FinetuningRecipe(_Strict):
         samples: of the training split of each task at most.
         repeat: by a task's name, how often its samples come in an epoch, for tasks with few; once if not given.
         lora: the new adapter, for a model without one.
-        train_encoders: whether encoders are trained along.
+        train_encoders: whether encoders are trained along, without the dropout of their projectors; that of adapters
+            is as `lora` or the adapter says.
         epochs: passes over the data.
         batch_size: prompts per device and step.
         learning_rate: its highest value.

@@ -8,10 +8,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
 from esmerge.modalities import TextModality
 from esmerge.modalities.modality import with_encoder
+from esmerge.yaml_files import nearest
 from lightning_modules.samples import Item, Part, Sample
 
 # Instead of a chat template: for LLMs that know none, or to ask one that does as if it did not.
@@ -95,6 +97,18 @@ class PromptWriter:
                 f"(--as-text {missing[0]}, or as_text in a recipe)."
             )
 
+    def check_as_text(self, tasks: Sequence[Task], field: str) -> None:
+        """Raise `InputError` for an entry of a recipe's or the command line's `field` that is no modality of anything.
+
+        Only what the model has or a task's samples can have may be written as text.
+        """
+        known = sorted({*self.processor.modalities, *(name for task in tasks for name in task.modalities)})
+        if unknown := sorted(self.as_text.difference(known)):
+            raise InputError(
+                f"{field}: {unknown[0]} is a modality of neither the model nor a task{nearest(unknown[0], known)} "
+                f"(they have: {', '.join(known)})."
+            )
+
     def write(self, sample: Sample, answer_prefix: str = "") -> Prompt:
         """The conversation of a sample up to where the answer begins, or goes on after `answer_prefix`."""
         items: dict[str, list[str]] = {}
@@ -116,10 +130,19 @@ class PromptWriter:
         blank = answer_prefix[len(answer_prefix.rstrip()) :] if answer_prefix else " "
         return choice if starts_turn else blank + choice
 
-    @property
-    def add_special_tokens(self) -> bool:
-        """Whether the tokenizer is to add a beginning: a chat template has its own."""
-        return self.chat.template is None
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The token ids of prompts, with the beginning that the tokenizer adds unless a chat template has its own.
+
+        An end that a tokenizer adds, as those of old LoRA adapters do, is left out: the answer is to follow.
+        """
+        tokenizer = self.processor.tokenizer
+        texts = [prompt.text for prompt in prompts]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=self.chat.template is None)["input_ids"]
+        end, name = tokenizer.eos_token_id, tokenizer.eos_token
+        return [
+            own[:-1] if own and own[-1] == end and not text.endswith(name) else own
+            for own, text in zip(ids, texts, strict=True)
+        ]
 
     def _apply_template(self, messages: Sequence[dict[str, str]]) -> str:
         def apply(conversation: Sequence[dict[str, str]]) -> str:

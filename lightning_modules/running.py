@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -81,6 +82,17 @@ class Devices:
             raise InputError(
                 f"--accelerator {self.accelerator} --devices {self.count}: {first_line(error)}; choose others."
             ) from error
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there in full or not at all, wherever temporary files of the system lie."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        torch.save(checkpoint, partial)
+        partial.replace(file)
 
 
 class NamedProgress(TQDMProgressBar):

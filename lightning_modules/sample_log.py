@@ -10,6 +10,7 @@ from esmerge.results import write_whole
 from lightning_modules.unfinished import UnfinishedFolder, damaged
 
 Record = dict[str, Any]
+_FAILURE = "failure.txt"
 _FIELDS = {"id", "answer", "prediction"}
 
 
@@ -73,6 +74,7 @@ class UnfinishedRun(UnfinishedFolder):
         """As of any unfinished work; `InputError` for a damaged log too."""
         goes_on = super().begin(run, resume)
         if goes_on:
+            (self.folder / _FAILURE).unlink(missing_ok=True)
             self._gather()
         return goes_on
 
@@ -99,6 +101,15 @@ class UnfinishedRun(UnfinishedFolder):
             return int(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise damaged(file) from error
+
+    def fail(self, message: str) -> None:
+        """Tell the other processes why this one cannot go on."""
+        write_whole(self.folder / _FAILURE, message)
+
+    def failure(self) -> str | None:
+        """What a process said that could not go on."""
+        file = self.folder / _FAILURE
+        return file.read_text(encoding="utf-8") if file.exists() else None
 
     def append(self, records: Sequence[Record], rank: int) -> None:
         """Write records of one process; they survive its being killed."""

@@ -1,5 +1,7 @@
 """Finding and reading tasks: those that come with esmerge by name, a user's own by path."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -33,6 +35,13 @@ def load_task(name_or_path: str) -> Task:
         f"there is no task {name_or_path}{nearest(name_or_path, names)} (known: {', '.join(names)}; a task of your own "
         "is given as the path of its .yaml file)."
     )
+
+
+def check_names(tasks: Sequence[Task], field: str) -> None:
+    """Raise `InputError` if two tasks, given in a recipe's or the command line's `field`, have the same name."""
+    for name, times in Counter(task.name for task in tasks).items():
+        if times > 1:
+            raise InputError(f"{field}: {times} tasks have the same name, {name}; give each once, or rename one.")
 
 
 def _read(file: Path, own: bool) -> Task:

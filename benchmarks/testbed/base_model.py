@@ -24,6 +24,11 @@ def base_model_folder() -> Path:
     return folder
 
 
+def base_to_load(model: Path, base: Path) -> str | None:
+    """The base to load a model with, which an adapter alone needs."""
+    return str(base) if (model / "adapter_config.json").exists() else None
+
+
 def _convert(gguf_folder: Path, output: Path) -> None:
     dequantized = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.testbed.base_model import base_model_folder
+from benchmarks.testbed.base_model import base_model_folder, base_to_load
 from benchmarks.testbed.cache import cache_folder
 from benchmarks.testbed.results_table import TaskScore, first_scores, markdown_table
 from benchmarks.testbed.specialists import FOLDER, RECORD, TASKS, specialist_folders
@@ -40,9 +40,10 @@ def evaluate_model(
     Items of modalities that the model does not know are text to it. Results in `output`, by default the model's own
     folder, are kept if they are those of the same evaluation.
     """
-    known = load_processor(model, base).modalities
+    named = base_to_load(model, base)
+    known = load_processor(model, named).modalities
     settings = EvaluationSettings(
-        base=str(base),
+        base=named,
         limit=limit,
         batch_size=16,
         # Without matrix units for bfloat16, float32 is what a CPU multiplies fastest.

@@ -86,6 +86,7 @@ def test_adapter(merged, publish, api, results):
 
     results(merged)
     (merged / "results" / "b3db.jsonl").write_text("{}\n")
+    (merged / "NOTICE").write_text("See https://lab.org/home/mol.\n")  # no path of anybody's machine
     (merged / ".DS_Store").write_bytes(b"\0")
     output = publish(merged, "--tag", "v1")
     assert "not sent: .DS_Store" in output and "not sent: results/b3db.jsonl" in output
@@ -127,6 +128,13 @@ def test_dry_run_and_questions(merged, esmerge, api, esmerge_program, online):
     done = online(esmerge_program, "publish", merged, REPO)
     assert done.returncode == 2 and "nobody answered" in done.stderr, done.stderr
     assert not api.repo_exists(REPO)
+    # Not even the card is written, be there something to send or not.
+    assert esmerge("publish", merged, REPO, "--yes")[0] == 0
+    (merged / "README.md").unlink()
+    code, output, error = esmerge("publish", merged, REPO, "--dry-run")
+    assert code == 0, error
+    assert "has all of this already" in output
+    assert not (merged / "README.md").exists()
 
 
 def test_full_checkpoint_in_shards(connected, publish, api, make_base, make_adapter, tokenizer, tmp_path, llama):
@@ -221,6 +229,15 @@ def test_branch_tag_and_private(merged, publish, refused, api):
     (merged / "NOTICE").write_text("New.\n")
     assert "has a tag v1 already" in refused(merged, "--tag", "v1")
     assert "v1 is a tag" in refused(merged, "--revision", "v1")
+
+
+def test_a_new_branch_without_new_files(merged, publish, api):
+    publish(merged)
+    output = publish(merged, "--revision", "v2")
+    assert lines_of(output)[0].endswith("/tree/v2")
+    assert "has all of this already" not in output
+    assert files(api, revision="v2") == files(api)
+    assert "has all of this already" in publish(merged, "--revision", "v2")
 
 
 def test_paths_of_this_machine_stay_here(merge, recipe, llama, publish, refused, api, connected, tmp_path):

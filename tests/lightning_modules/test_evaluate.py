@@ -178,6 +178,37 @@ def test_generation_stops_at_the_ends_that_the_model_names(esmerge, text_model, 
     assert len(results_of(text_model)[1][0]["generated"]) < len(tokenizer.decode(before[0]))
 
 
+def test_generation_is_greedy_whatever_the_model_prefers(esmerge, text_model, write_task, results_of, tmp_path):
+    file = write_task(5, max_new_tokens=6)
+    arguments = ["evaluate", text_model, "--task", file, "--quiet", "--score", "generate", "--batch-size", 5]
+    esmerge(*arguments, "-o", tmp_path / "plain")
+    settings = json.loads((text_model / "generation_config.json").read_text())
+    prefers = {"repetition_penalty": 5.0, "num_beams": 4, "no_repeat_ngram_size": 1}
+    (text_model / "generation_config.json").write_text(json.dumps({**settings, **prefers}))
+    code, _, err = esmerge(*arguments, "-o", tmp_path / "prefers")
+    assert code == 0, err
+    assert results_of(tmp_path / "plain")[1] == results_of(tmp_path / "prefers")[1]
+
+
+def test_an_end_that_the_tokenizer_adds_is_no_part_of_the_prompt(esmerge, text_model, write_task, results_of, tmp_path):
+    arguments = ["evaluate", text_model, "--task", write_task(5), "--chat-template", "none", "--quiet"]
+    esmerge(*arguments, "-o", tmp_path / "plain")
+    content = json.loads((text_model / "tokenizer.json").read_text())
+    end = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [sequence, end],
+        "pair": [sequence, end],
+        "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [4], "tokens": ["<|end|>"]}},
+    }
+    (text_model / "tokenizer.json").write_text(json.dumps(content))
+    assert AutoTokenizer.from_pretrained(text_model)("C")["input_ids"][-1] == 4
+    code, _, err = esmerge(*arguments, "-o", tmp_path / "ends")
+    assert code == 0, err
+    assert results_of(tmp_path / "plain")[1] == results_of(tmp_path / "ends")[1]
+
+
 def test_relatives_are_known_to_the_log(esmerge, text_model, write_task, results_of):
     # All samples have the same answer, so resampling whole groups of them never changes anything.
     file = write_task(12, group="soluble")

@@ -61,6 +61,13 @@ def test_no_model(esmerge, text_model, llama, write_task, tmp_path):
     assert "give the base" in fails(esmerge, adapter, "--task", write_task(5))
 
 
+def test_what_the_model_does_not_have(esmerge, text_model, write_task):
+    said = fails(esmerge, text_model, "--task", write_task(5), "--base", text_model)
+    assert "holds no adapter but a whole model, which needs no base" in said
+    said = fails(esmerge, text_model, "--task", write_task(5), "--as-text", "molecul")
+    assert "molecul is a modality of neither the model nor a task; did you mean molecule?" in said
+
+
 @pytest.mark.parametrize("score", ["likelihood", "generate"])
 @pytest.mark.parametrize(
     ("dtype", "remedy"), [("float16", "use --dtype bfloat16 or float32"), ("float32", "look for NaN among the weights")]

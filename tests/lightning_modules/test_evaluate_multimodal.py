@@ -1,5 +1,6 @@
 """Models with encoders, evaluated end to end: items go through them, in any batch and on any number of devices."""
 
+import json
 import shutil
 
 import pytest
@@ -76,19 +77,36 @@ def test_items_go_through_the_encoders(esmerge, multimodal, pairs, results_of, s
         assert list(record["log_likelihoods"].values()) == pytest.approx(expected, abs=1e-5)
 
 
-def test_generated_after_soft_tokens(esmerge, multimodal, pairs, results_of):
-    code, _, err = esmerge("evaluate", multimodal, "--task", pairs, "--quiet", "--score", "generate", "--limit", 6)
-    assert code == 0, err
-    model, processor = load_model(multimodal)
-    for record, sample in zip(results_of(multimodal)[1], load_samples(load_task(str(pairs))), strict=False):
+def made_by_transformers(folder, file, limit):
+    """The new tokens after each of the first samples, and what decodes them."""
+    model, processor = load_model(folder)
+    made = []
+    for sample in load_samples(load_task(str(file)))[:limit]:
         items = {part.modality: [part.value] for part in sample.turns[0].parts if not isinstance(part, str)}
         parts = (
             p if isinstance(p, str) else processor.modalities[p.modality].placeholder for p in sample.turns[0].parts
         )
         text = processor.apply_chat_template([{"role": "user", "content": "".join(parts)}], add_generation_prompt=True)
         inputs = processor(text=text, add_special_tokens=False, **items)
-        made = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert record["generated"] == processor.tokenizer.decode(made, skip_special_tokens=True)
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        made.append(ids.tolist())
+    return made, processor.tokenizer
+
+
+def test_generated_after_soft_tokens(esmerge, multimodal, pairs, results_of):
+    made, tokenizer = made_by_transformers(multimodal, pairs, 6)
+    settings = json.loads((multimodal / "generation_config.json").read_text())
+    lengths = []
+    # An end that stands in generation_config.json alone is one too.
+    for ends in (settings["eos_token_id"], [made[0][1]]):
+        (multimodal / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+        code, _, err = esmerge("evaluate", multimodal, "--task", pairs, "--quiet", "--score", "generate", "--limit", 6)
+        assert code == 0, err
+        made, tokenizer = made_by_transformers(multimodal, pairs, 6)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+        assert [record["generated"] for record in results_of(multimodal)[1]] == texts
+        lengths.append(len(made[0]))
+    assert lengths[1] < lengths[0]
 
 
 @pytest.mark.parametrize(("score", "strategy"), [("likelihood", "fsdp"), ("generate", "fsdp"), ("generate", "ddp")])

@@ -63,6 +63,32 @@ def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path)
             assert second["settings"]["devices"] == 2
 
 
+def test_what_stops_one_process_is_said_once(start, write_task, text_model):
+    """One sample, whose turn is late and with the second process, makes the model say NaN."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    file, samples = write_task(90), 90
+    data = file.with_suffix(".csv")
+    lines = data.read_text().splitlines()
+    # The shortest prompt but for some is in one of the last batches.
+    shortest = min(range(1, samples + 1), key=lambda row: len(lines[row]))
+    lines[shortest] = "~," + lines[shortest].split(",")[1]
+    data.write_text("\n".join(lines) + "\n")
+    weights = load_file(text_model / "model.safetensors")
+    token = AutoTokenizer.from_pretrained(text_model)("~", add_special_tokens=False)["input_ids"]
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, text_model / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--task", file, "--batch-size", 1, "--accelerator", "cpu", "--devices", 2]
+    for resumed in ([], ["--resume"]):
+        process = start(*arguments, *resumed)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 2, err
+        assert err.count("esmerge: ") == 1
+        assert f"the sample test-{shortest} of toy are NaN in float32" in err
+    assert not (text_model / "results" / "toy.json").exists()
+
+
 def kill_in_the_middle(process, folder, after, how=signal.SIGKILL):
     """Kill a process when so many records are on the disk."""
     deadline = time.monotonic() + 120

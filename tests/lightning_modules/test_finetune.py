@@ -1,16 +1,20 @@
 """`esmerge finetune`: what it writes can be evaluated and merged, and does not depend on interruptions."""
 
+import csv
+import errno
 import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,7 +48,8 @@ def write_recipe(llama, write_task, tmp_path):
             **changes,
         }
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
+        recipe = {field: value for field, value in recipe.items() if value is not None}
+        file.write_text(yaml.safe_dump({**recipe, "validation": recipe["validation"] or None}))
         return file
 
     return write
@@ -159,6 +164,86 @@ def test_a_killed_training_goes_on_to_the_same_bits(start, esmerge, write_recipe
     assert 0 < records[0]["seconds"] < 1000 < records[1]["seconds"] < 2000
 
 
+def test_the_best_weights_survive_an_interruption(start, esmerge, write_recipe, tmp_path):
+    file = write_recipe(epochs=6, learning_rate=0.2, lora={"rank": 4}, validation={"per_epoch": 1})
+    assert esmerge("finetune", file, "-o", tmp_path / "whole", "--quiet")[0] == 0
+    whole = yaml.safe_load((tmp_path / "whole" / "finetuning.yaml").read_text())
+    with next((tmp_path / "whole" / "logs").rglob("metrics.csv")).open() as stream:
+        losses = [float(row["validation_loss"]) for row in csv.DictReader(stream) if row["validation_loss"]]
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1  # what comes after is worse: the result is not of the end
+    # Killed when the round after the best one begins.
+    script = f"""
+import os, signal, sys
+from lightning_modules.finetuning_data import FinetuningData
+batches = FinetuningData.round_batches
+def killed(self, number, rank):
+    if number == {best + 1}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batches(self, number, rank)
+FinetuningData.round_batches = killed
+from esmerge.cli import main
+sys.argv = ["esmerge", "finetune", {str(file)!r}, "-o", {str(tmp_path / "killed")!r}, "--quiet", "--accelerator", "cpu"]
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    code, _, err = esmerge("finetune", file, "-o", tmp_path / "killed", "--quiet", "--resume")
+    assert code == 0, err
+    assert yaml.safe_load((tmp_path / "killed" / "finetuning.yaml").read_text())["validation_loss"] == min(losses)
+    assert whole["validation_loss"] == min(losses)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_a_result_that_could_not_be_written_is_written_by_resuming(esmerge, write_recipe, tmp_path, monkeypatch):
+    file, output = write_recipe(epochs=1, validation={"per_epoch": 1}), tmp_path / "tuned"
+
+    def full(self, folder, **_):
+        (folder / "adapter_model.safetensors").write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PeftModel, "save_pretrained", full)
+        code, _, err = esmerge("finetune", file, "-o", output, "--quiet")
+        assert code == 1 and "the same command with --resume goes on" in err
+        assert not output.exists()
+    code, _, err = esmerge("finetune", file, "-o", output, "--quiet", "--resume")
+    assert code == 0, err
+    assert "validation_loss" in yaml.safe_load((output / "finetuning.yaml").read_text())
+    assert esmerge("finetune", file, "-o", tmp_path / "whole", "--quiet")[0] == 0
+    assert same(weights(tmp_path / "whole"), weights(output))
+
+
+def test_a_base_on_the_hub_stays_pinned(connected, on_hub, esmerge, write_recipe, llama, tmp_path):
+    commit = on_hub(llama / "base", "lab/base")
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    names_base = {"base_model_name_or_path": "lab/base", "revision": commit}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **names_base}))
+    recipes = {
+        "named": {"model": str(adapter)},
+        "given": {"model": str(llama / "molecule"), "base": f"lab/base@{commit}"},
+        "new": {"model": f"lab/base@{commit}"},
+    }
+    for name, models in recipes.items():
+        file = write_recipe(name, epochs=1, **models)
+        code, _, err = esmerge("finetune", file, "-o", tmp_path / f"{name}-tuned", "--quiet")
+        assert code == 0, err
+        written = json.loads((tmp_path / f"{name}-tuned" / "adapter_config.json").read_text())
+        assert {field: written[field] for field in names_base} == names_base
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"{name}-tuned")
+        load_model(tmp_path / f"{name}-tuned")
+
+
+def test_an_adapter_keeps_its_dropout(esmerge, write_recipe, llama, tmp_path):
+    for dropout in (0.0, 0.5):
+        adapter = shutil.copytree(llama / "molecule", tmp_path / f"adapter-{dropout}")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": dropout}))
+        file = write_recipe(model=str(adapter), base=str(llama / "base"), epochs=1)
+        assert esmerge("finetune", file, "-o", tmp_path / f"tuned-{dropout}", "--quiet")[0] == 0
+    assert not same(weights(tmp_path / "tuned-0.0"), weights(tmp_path / "tuned-0.5"))
+
+
 def test_two_processes_train_one_model(start, esmerge, write_recipe, tmp_path):
     # 40 samples in batches of 3 for two processes: 14 batches, 7 steps. The validation loss is over all 12 samples.
     records = {}
@@ -208,6 +293,11 @@ def test_samples_of_a_small_task_are_repeated(esmerge, write_recipe, tmp_path):
         ({"tasks": []}, "tasks"),
         ({"tasks": ["b3bd"]}, "did you mean b3db?"),
         ({"tasks": ["toy.yaml", "toy.yaml"]}, "stands there twice"),
+        ({"tasks": ["toy.yaml", "./toy.yaml"]}, "2 tasks have the same name, toy"),
+        ({"as_text": ["molecul"]}, "molecul is a modality of neither the model nor a task; did you mean molecule?"),
+        ({"base": "somewhere"}, "no adapter but a whole model"),
+        ({"learning_rate": 1e30}, "the training diverged"),
+        ({"learning_rate": 1e30, "validation": False}, "the training diverged"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"repeat": {"toys": 2}}, "repeat.toys is none of the tasks; did you mean toy?"),
         ({"repeat": {"toy": 0}}, "repeat.toy"),

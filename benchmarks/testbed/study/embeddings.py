@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.testbed.base_model import base_to_load
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.study.merges import EXACT, PROBE_SAMPLES, recipe_of
 from benchmarks.testbed.study.places import Places
@@ -77,7 +78,7 @@ class GapMeter:
 @torch.inference_mode()
 def last_states(model: Path, base: Path, probe: Probe) -> dict[str, Tensor]:
     """A model's last hidden states of the probe, by modality."""
-    llm: Any = load_model(model, base, torch.float32)[0].language_model
+    llm: Any = load_model(model, base_to_load(model, base), torch.float32)[0].language_model
     parts: dict[str, list[Tensor]] = {name: [] for name in probe.modalities}
     for batch in probe.batches:
         output = llm(
