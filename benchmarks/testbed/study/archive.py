@@ -3,7 +3,8 @@
     python -m benchmarks.testbed.study.archive unpack
 
 puts them where the study keeps its results: `python -m benchmarks.testbed.study.page` makes the page of them, and
-`make testbed` only does what is missing. `pack` is its reverse.
+`make testbed` only does what is missing. The specialists of one training are there too, so that its rows can be merged
+and evaluated again without training. `pack` is its reverse.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
 from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
@@ -23,11 +25,14 @@ from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 from lightning_modules.evaluation_results import RESULTS_FOLDER
 
 ARCHIVES = Path(__file__).parent / "archives"
+# More than one training's would be too large.
+SPECIALISTS_SEED = 42
+_BASE_FIELD = b'"base_model_name_or_path": "'
 _KEPT = (CHOICE_FILE, DONE_FILE, MERGE_FILE, RECORD_FILE)
 
 
 def pack(places: Places, folder: Path) -> list[Path]:
-    """Pack all result files: an archive for each training's test data and one for validation data.
+    """Pack all result files: an archive for each training's test data and one for validation data; and specialists.
 
     The same results give the same bytes.
 
@@ -42,11 +47,12 @@ def pack(places: Places, folder: Path) -> list[Path]:
     """
     parts = {f"test-{seed}": [places.test(seed, "any").parent, places.training(seed, "any").parent] for seed in SEEDS}
     parts["validation"] = [places.validation("any").parent, places.probe_size("any", 0).parent.parent]
+    packed = {name: [file for part in own for file in _results(places, part)] for name, own in parts.items()}
+    packed[f"specialists-{SPECIALISTS_SEED}"] = list(_specialists(places))
     written = []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, own in parts.items():
-        files = sorted(file for part in own for file in _results(places, part))
-        if files:
+    for name, found in packed.items():
+        if files := sorted(found):
             written.append(folder / f"{name}.tar.xz")
             _check_nothing_is_lost(written[-1], files, places.root)
             _write(written[-1], files, places.root)
@@ -60,6 +66,12 @@ def _results(places: Places, folder: Path) -> Iterator[Path]:
         kept = file.name in _KEPT or file.parent.name == RESULTS_FOLDER or file.parent == folder or file in shown
         if file.is_file() and kept:
             yield file
+
+
+def _specialists(places: Places) -> Iterator[Path]:
+    for name in MODALITIES:
+        folder = places.model(SPECIALISTS_SEED, name)
+        yield from (file for file in folder.rglob("*") if file.is_file() and folder / "logs" not in file.parents)
 
 
 def _check_nothing_is_lost(archive: Path, files: list[Path], root: Path) -> None:
@@ -102,8 +114,19 @@ def unpack(places: Places, folder: Path) -> int:
         with tarfile.open(archive) as packed:
             missing = [entry for entry in packed if not (places.root / entry.name).exists()]
             packed.extractall(places.root, missing, filter="data")
-            count += len(missing)
+        for entry in missing:
+            if entry.name.endswith("/adapter_config.json"):
+                _name_base(places.root / entry.name)
+        count += len(missing)
     return count
+
+
+def _name_base(adapter_config: Path) -> None:
+    """Undo what packing does to the base's path."""
+    content = adapter_config.read_bytes()
+    if _BASE_FIELD + b"/" not in content:
+        cache = f"{adapter_config.parents[3]}/".encode()
+        adapter_config.write_bytes(content.replace(_BASE_FIELD, _BASE_FIELD + cache))
 
 
 def main() -> None:

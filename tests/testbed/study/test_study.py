@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -259,6 +261,26 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     file.write_text(re.sub("xxh3:.", "xxh3:", file.read_text()))
     with pytest.raises(InputError, match="specialist is not that of"):
         page.page(places, readme, tmp_path / "figures")
+
+
+def test_packed_specialists_name_the_base_where_they_are_unpacked(llama, tmp_path):
+    before, after = Places(tmp_path / "before" / "study"), Places(tmp_path / "after" / "study")
+    for name in MODALITIES:
+        folder = shutil.copytree(llama / name, before.model(archive.SPECIALISTS_SEED, name))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = f"{before.root.parent}/the base"
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        (folder / "logs").mkdir()
+        (folder / "logs" / "metrics.csv").write_text("step\n")
+    (packed,) = archive.pack(before, tmp_path / "packed")
+    assert str(tmp_path).encode() not in lzma.decompress(packed.read_bytes())
+    assert archive.unpack(after, tmp_path / "packed") > 0
+    for name in MODALITIES:
+        old, new = (places.model(archive.SPECIALISTS_SEED, name) for places in (before, after))
+        assert {file.name for file in new.iterdir()} == {file.name for file in old.iterdir()} - {"logs"}
+        for file in new.iterdir():
+            there = (old / file.name).read_bytes()
+            assert file.read_bytes() == there.replace(str(before.root.parent).encode(), str(after.root.parent).encode())
 
 
 def test_base_and_specialists_read_proteins_as_far_as_the_protein_specialist_does(llama, places):
