@@ -137,6 +137,10 @@ def _base_of(recipe: FinetuningRecipe, source: Source) -> Source | None:
     """The base of an adapter, a folder being relative to the recipe if it is named there; None of a whole model."""
     named = base_of(source.folder, recipe.base)
     if named is None:
+        if recipe.base is not None:
+            raise InputError(
+                f"base: {source.folder} holds no adapter but a whole model, which needs no base: leave it out."
+            )
         return None
     return resolve(named, Path() if recipe.base is None else recipe.folder, "base")
 

@@ -58,13 +58,11 @@ def base_of(folder: Path, base: str | Path | None = None) -> str | None:
     One on the Hub has the revision that the adapter names.
 
     Raises:
-        InputError: if it holds neither, a whole model although a base is given, or an adapter whose base is not known.
+        InputError: if it holds neither, or an adapter whose base is not known.
     """
     if not (folder / "adapter_config.json").exists():
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} has neither adapter_config.json nor config.json: it holds no model.")
-        if base:
-            raise InputError(f"{folder} holds no adapter but a whole model, which needs no base: leave out {base}.")
         return None
     config = read_json(folder / "adapter_config.json")
     named = base or config.get("base_model_name_or_path")

@@ -62,8 +62,6 @@ def test_no_model(esmerge, text_model, llama, write_task, tmp_path):
 
 
 def test_what_the_model_does_not_have(esmerge, text_model, write_task):
-    said = fails(esmerge, text_model, "--task", write_task(5), "--base", text_model)
-    assert "holds no adapter but a whole model, which needs no base" in said
     said = fails(esmerge, text_model, "--task", write_task(5), "--as-text", "molecul")
     assert "molecul is a modality of neither the model nor a task; did you mean molecule?" in said
 
