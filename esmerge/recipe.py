@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from esmerge.errors import InputError
-from esmerge.yaml_files import nearest, read_mapping
+from esmerge.yaml_files import NestedError, first_error, nearest, parse_yaml, read_mapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+
+# What mergekit calls them.
+_SYNONYMS = {"base_model": "base", "models": "specialists", "merge_method": "method", "parameters": "method"}
 
 
 class _Strict(BaseModel):
@@ -208,7 +211,8 @@ class MethodRecipe(BaseModel):
             if first["type"] == "extra_forbidden":
                 known = [info.alias or name for name, info in parameters.model_fields.items()]
                 has = f"known: {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"{field} is no parameter of {self.name}{nearest(field, known)} ({has})") from error
+                close = nearest(field, known if "name" in self.model_fields_set else [*known, "name"])
+                raise ValueError(f"{field} is no parameter of {self.name}{close} ({has})") from error
             raise ValueError(f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
         if check is not None:
             check(**accepted(check, values))
@@ -341,7 +345,7 @@ class Recipe(_Strict):
                 if not str(name).isidentifier():
                     raise ValueError(f"{name!r} is no valid specialist name: use letters, digits and underscores")
             return {name: {"model": entry} if isinstance(entry, str) else entry for name, entry in value.items()}
-        return value
+        raise ValueError(f"{value!r} has no names; give each specialist one, as in {{molecule: ./mol-lora, ...}}")
 
     @field_validator("coefficients", mode="before")
     @classmethod
@@ -349,21 +353,19 @@ class Recipe(_Strict):
         # `uniform` and `{molecule: 0.5, ...}` stand for themselves, without `from`.
         if isinstance(value, str) or (isinstance(value, dict) and "from" not in value):
             value = {"from": value}
-        if not isinstance(value, dict):
-            return value
-        source = value["from"]
+        source = value["from"] if isinstance(value, dict) else value
         if isinstance(source, dict):
             for name, number in source.items():
                 for entry in number.values() if isinstance(number, dict) else [number]:
                     if not isinstance(entry, int | float) or isinstance(entry, bool):
-                        raise ValueError(f"{name} is {entry!r}, expected a number")
+                        raise ValueError(f"{name} is {entry!r}, expected a number (or from: embedding_signals)")
         elif source not in ("embedding_signals", "uniform"):
             raise ValueError(f"from is {source!r}, expected embedding_signals, uniform or a number per specialist")
         kind = SignalsRecipe if source == "embedding_signals" else FixedRecipe
         try:
             return kind.model_validate(value)
         except ValidationError as error:
-            raise _NestedError(error) from error
+            raise NestedError(error, kind) from error
 
     @field_validator("method", mode="before")
     @classmethod
@@ -433,14 +435,6 @@ def _check_signs(field: str, given: Mapping[str, float | dict[str, float]]) -> l
     return [number for _, number in numbers]
 
 
-class _NestedError(ValueError):
-    """Carries the errors of a nested model through a validator, so that they keep their fields' names."""
-
-    def __init__(self, error: ValidationError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -486,7 +480,7 @@ def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recip
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: {_sentence(error)}") from error
+        raise InputError(f"{source}: {first_error(error, Recipe, _SYNONYMS)}") from error
     recipe._folder = folder
     return recipe
 
@@ -527,7 +521,7 @@ def _short(text: str) -> str:
 
 def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: the value is no valid YAML; quote it if it is text.") from error
 
@@ -543,36 +537,3 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {override}: {parent} is {entry!r} in the recipe and has no fields.")
         content = entry
     content[leaf] = _yaml(value, f"--set {override}")
-
-
-def _sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
-    """The first of pydantic's errors as one sentence."""
-    first = error.errors()[0]
-    location = (*prefix, *(str(part) for part in first["loc"]))
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, _NestedError):
-        return _sentence(cause.error, location)
-    field = ".".join(part for part in location if part not in ("SignalsRecipe", "FixedRecipe"))
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        return f"{field} is no known field{nearest(location[-1], known)} (known: {', '.join(known)})."
-    if first["type"] == "missing":
-        return f"{field} is missing."
-    if first["type"] == "value_error":
-        message = str(cause)
-        return f"{field}: {message}." if field else f"{message}."
-    if field == "coefficients":
-        return f"{field} is {first['input']!r}: expected embedding_signals, uniform or a number per specialist."
-    return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
-
-
-def _fields_at(location: Sequence[str]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {
-        "": Recipe,
-        "specialists": SpecialistRecipe,
-        "probe": ProbeRecipe,
-        "coefficients": SignalsRecipe,
-        "output": OutputRecipe,
-    }
-    model = models[location[0] if location else ""]
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,8 +1,9 @@
 """YAML files of the user's: read strictly, with errors of one sentence that name the field."""
 
 import difflib
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def read_mapping(file: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]
         InputError: if the file cannot be read, is no YAML, no mapping, or gives a key twice.
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+        content = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the {kind} {file} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -36,8 +37,16 @@ def read_mapping(file: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]
     return content
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which YAML's own loader would drop the first without a word."""
+def parse_yaml(text: str) -> Any:
+    """The value that a text in YAML stands for; `yaml.YAMLError` if it is none, or gives a key twice."""
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which YAML's own loader would drop the first without a word.
+
+    And reads 1e-4 as a number, as YAML 1.2 and everybody do.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -49,32 +58,79 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What to append to a message about an unknown name: the known one that looks most like it, if any does."""
-    close = difflib.get_close_matches(name, known, n=1)
+_EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+class NestedError(ValueError):
+    """Carries the errors of a nested model through a validator, so that they keep their fields' names.
+
+    Attributes:
+        error: pydantic's.
+        model: that was validated.
+    """
+
+    def __init__(self, error: ValidationError, model: type[BaseModel]) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.model = model
+
+
+def nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None = None) -> str:
+    """What to append to a message about an unknown name: the known one that is meant or looks most like it, if any."""
+    close = [synonyms[name]] if synonyms and name in synonyms else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def first_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors about a model as one sentence, like "split.test is missing"."""
-    first = error.errors()[0]
-    location = first["loc"]
-    field = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
+def first_error(error: ValidationError, model: type[BaseModel], synonyms: Mapping[str, str] | None = None) -> str:
+    """The first of pydantic's errors about a model as one sentence, like "split.test is missing".
+
+    Args:
+        error: pydantic's.
+        model: that was validated.
+        synonyms: what other tools call fields -> what they are called here.
+    """
+    return _sentence(error, model, synonyms or {}, ())
+
+
+def _sentence(
+    error: ValidationError, model: type[BaseModel], synonyms: Mapping[str, str], prefix: tuple[int | str, ...]
+) -> str:
+    first = _most_telling(error.errors())
+    kind, location, given, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
+    cause = context.get("error")
+    if isinstance(cause, NestedError):
+        return _sentence(cause.error, cause.model, synonyms, (*prefix, *location))
+    field = ".".join(str(part) for part in (*prefix, *location))
+    if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
-        return f"{field} is no known field{nearest(str(location[-1]), known)} (known: {', '.join(known)})."
-    if first["type"] == "missing":
+        return f"{field} is no known field{nearest(str(location[-1]), known, synonyms)} (known: {', '.join(known)})."
+    if kind == "missing":
         return f"{field} is missing."
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{field}: {message}." if field else f"{message}."
-    if first["type"] == "literal_error":
-        options = _options(first["ctx"]["expected"])
-        return f"{field} is {first['input']!r}{nearest(str(first['input']), options)} (known: {', '.join(options)})."
-    message = f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+    if kind == "value_error":
+        return f"{field}: {cause}." if field else f"{cause}."
+    if kind == "literal_error":
+        options = _options(context["expected"])
+        return f"{field} is {given!r}{nearest(str(given), options)} (known: {', '.join(options)})."
+    if kind == "too_short":
+        return f"{field} has {context['actual_length']} of at least {context['min_length']} entries."
+    if kind in ("dict_type", "model_type"):
+        inside = f" with the fields {', '.join(_fields_at(model, location))}" if kind == "model_type" else ""
+        return f"{field} is {given!r}: expected a mapping{inside}."
+    message = f"{field} is {given!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    if kind == "string_type" and isinstance(given, bool | int | float):
         message += "; write it in quotes"
     return f"{message}."
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """The first; but where that misses a field, an unknown one beside it, which is probably the same misspelt."""
+    first = errors[0]
+    if first["type"] == "missing":
+        for other in errors:
+            if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]:
+                return other
+    return first
 
 
 def _options(expected: str) -> list[str]:

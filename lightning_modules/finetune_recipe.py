@@ -12,6 +12,16 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+# What transformers' Trainer and others call them.
+_SYNONYMS = {
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_grad_norm": "gradient_clip",
+    "warmup_ratio": "warmup_share",
+}
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,6 +127,6 @@ def load_finetuning_recipe(file: Path) -> FinetuningRecipe:
     try:
         recipe = FinetuningRecipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"the recipe {file}: {first_error(error, FinetuningRecipe)}") from error
+        raise InputError(f"the recipe {file}: {first_error(error, FinetuningRecipe, _SYNONYMS)}") from error
     recipe._folder = file.parent
     return recipe

@@ -69,10 +69,12 @@ def load_rows(task: Task, *splits: str) -> list[list[Row]]:
     for split in splits:
         if split not in tables:
             source = next(iter(tables.values())).source
-            raise InputError(
-                f"the task {task.name}: {source} has no split {split}{nearest(split, list(tables))} "
-                f"(it has {', '.join(tables)})."
-            )
+            message = f"the task {task.name}: {source} has no split {split}{nearest(split, list(tables))} "
+            message += f"(it has {', '.join(tables)})."
+            if len(tables) == 1 and task.split.by is None:
+                only, first = next(iter(tables)), next(iter(task.columns))
+                message += f" split: {{evaluated: {only}}} asks about all of it, split: {{by: {first}}} shares it out."
+            raise InputError(message)
     return [_check(task, tables[split], split) for split in splits]
 
 

@@ -33,7 +33,7 @@ def print_task(task: Task) -> None:
     """
     facts = {
         "task": f"{task.name}, version {task.version}",
-        "about": f"{task.title}: {task.description}",
+        "about": ": ".join(filter(None, (task.title, task.description))),
         "source": _source(task),
         "rows": _rows(task),
         "to be fetched": missing_data(task) or "nothing",

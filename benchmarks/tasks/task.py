@@ -145,7 +145,7 @@ class Task(_Strict):
     Attributes:
         name: letters, digits and underscores.
         version: goes up whenever scores are no longer comparable with those of before.
-        title: for tables and cards.
+        title: for tables and cards; by default the name.
         description: what is asked and how the splits were made.
         source: where the data is.
         columns: placeholder of a prompt -> column of the data.
@@ -175,9 +175,9 @@ class Task(_Strict):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-    version: Count
-    title: Text
-    description: Text
+    version: Count = 1
+    title: str = ""
+    description: str = ""
     source: Source
     columns: Annotated[dict[str, Text], Field(min_length=1)]
     constants: dict[str, Text] = {}
@@ -193,10 +193,10 @@ class Task(_Strict):
     labels: dict[str, str] = {}
     spellings: dict[Text, str] = {}
     examples: ExampleSelection | None = None
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("accuracy",)
     max_new_tokens: Count = 512
-    citation: Text
-    licence: Text
+    citation: Text | None = None
+    licence: Text | None = None
     dataset: Text | None = None
     benchmark: Text | None = None
     baselines: tuple[Baseline, ...] = ()

@@ -1032,6 +1032,41 @@ def unknown_key_of_a_specialist(inputs):
     inputs.recipe["specialists"]["cell"]["modle"] = "cell"
 
 
+@case("specialists.cell.modle is no known field", "did you mean model?")
+def misspelt_key_of_a_specialist(inputs):
+    inputs.recipe["specialists"]["cell"] = {"modle": "cell"}
+
+
+@case("base_model is no known field", "did you mean base?")
+def key_of_another_tool(inputs):
+    inputs.recipe["base_model"] = inputs.recipe.pop("base")
+
+
+@case("specialists: ['a', 'b'] has no names", "give each specialist one")
+def specialists_without_names(inputs):
+    inputs.recipe["specialists"] = ["a", "b"]
+
+
+@case("output is 'full'", "expected a mapping with the fields format, rank, dtype, signals")
+def text_instead_of_fields(inputs):
+    inputs.recipe["output"] = "full"
+
+
+@case("coefficients.granularity is no known field", "(known: from)")
+def fields_of_signals_without_signals(inputs):
+    inputs.recipe["coefficients"] = {"from": "uniform", "granularity": "layer"}
+
+
+@case("granularity is 'layer', expected a number", "from: embedding_signals")
+def signals_without_their_name(inputs):
+    inputs.recipe["coefficients"] = {"granularity": "layer"}
+
+
+@case("nam is no parameter of linear", "did you mean name?")
+def misspelt_name_of_a_method(inputs):
+    inputs.recipe["method"] = {"nam": "ties"}
+
+
 @case("base is missing", "base")
 def recipe_without_base(inputs):
     del inputs.recipe["base"]
@@ -1042,7 +1077,7 @@ def recipe_without_probe(inputs):
     del inputs.recipe["probe"]
 
 
-@case("specialists", "at least 2")
+@case("specialists has 1", "of at least 2 entries")
 def single_specialist(inputs):
     inputs.recipe["specialists"] = {"cell": "cell"}
 

@@ -56,6 +56,18 @@ def table(name, content, **fields):
     return change
 
 
+def test_what_only_tables_and_cards_need_can_be_left_out(esmerge, folder):
+    left_out = ("version", "title", "description", "metrics", "citation", "licence", "examples")
+    task = {name: value for name, value in TASK.items() if name not in left_out}
+    (folder / "task.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    code, output, _ = esmerge("tasks", "task.yaml")
+    assert code == 0
+    lines = [line.split() for line in output.splitlines()]
+    assert ["task:", "binding,", "version", "1"] in lines
+    assert ["metrics:", "accuracy"] in lines
+    assert "about:" not in output and "licence:" not in output
+
+
 def test_all_tasks_are_listed(esmerge, folder):
     code, output, _ = esmerge("tasks")
     assert code == 0
@@ -106,7 +118,12 @@ BAD = {
         None,
         "examples.cuont is no known field; did you mean count? (known: count, rank_by,",
     ),
-    "a field missing": (text("licence: cc0-1.0\n", ""), None, "the task task.yaml: licence is missing."),
+    "a field missing": (text("answer: Y\n", ""), None, "the task task.yaml: answer is missing."),
+    "a field missing that is misspelt": (
+        text("answer: Y\n", "answers: Y\n"),
+        None,
+        "answers is no known field; did you mean answer? (known: name,",
+    ),
     "an unknown metric": (
         changed(metrics=["accuracy", "acuracy"]),
         None,
@@ -220,6 +237,12 @@ BAD = {
         changed(split={"evaluated": "tset"}),
         None,
         "has no split tset; did you mean test? (it has train, test).",
+    ),
+    "a single file that does not say what is evaluated": (
+        changed(source={"path": "test.csv"}, examples=None),
+        None,
+        "test.csv has no split test (it has train). split: {evaluated: train} asks about all of it, "
+        "split: {by: molecule} shares it out.",
     ),
     "a row in two splits": (
         table(

@@ -58,6 +58,7 @@ def test_a_task_is_complete(name):
     assert task.name == name
     assert task.folder is None
     assert task == Task.model_validate(task.model_dump())
+    assert task.title and task.description and task.citation and task.licence
     for choice in task.choices:
         assert task.parse(task.answer_prefix + choice) == task.choices.index(choice)
     for a in task.choices:
