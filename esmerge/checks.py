@@ -238,8 +238,8 @@ def check_probe(plan: "Plan") -> None:
         return
     if (template := probe.chat_template_file) and not plan.path(template).is_file():
         raise InputError(
-            f"probe.chat_template: the file {plan.path(template)} does not exist; give a Jinja template "
-            "or a file that holds one."
+            f"probe.chat_template: the file {plan.path(template)} does not exist; give a Jinja template, "
+            "a file that holds one, or none."
         )
     assert probe.data is not None and probe.template is not None
     check_modalities(list(probe.data), names, "probe.data")

@@ -64,9 +64,20 @@ CardTemplate = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"esmerge {version('esmerge')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     logging.basicConfig(format="esmerge: %(levelname)s: %(message)s", level=logging.WARNING)
 
@@ -300,6 +311,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training into OUTPUT.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an adapter on the training data of tasks: the baseline that merging is compared with.
@@ -319,7 +331,7 @@ def finetune(
 
     _imported()
     chosen = OnDevices(devices, _one_of("--strategy", strategy, "auto", "ddp", "fsdp"), accelerator)
-    record = run(load_finetuning_recipe(recipe), output, chosen, resume, progress=not quiet)
+    record = run(load_finetuning_recipe(recipe), output, chosen, resume, not quiet, trust_remote_code)
     if record:
         loss = f", validation loss {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         print(f"{output}: trained in {record['steps']} steps{loss}")

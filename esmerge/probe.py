@@ -13,6 +13,7 @@ from torch import Tensor
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.modalities.modality import MissingPackageError
+from esmerge.tokenizer import NO_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,8 +244,9 @@ def tokenize(
 
     It is cut after the last modality position, whose embeddings do not depend on what follows, unless `keep_end`.
 
-    The prompt is one user turn of the chat template; templates for it take turns. A token belongs to a modality if its
-    characters, as the tokenizer's offsets give them, overlap the item's: no pattern is ever searched for in token ids.
+    The prompt is one user turn of the chat template, or all there is where that is `none`; templates for it take turns.
+    A token belongs to a modality if its characters, as the tokenizer's offsets give them, overlap the item's: no
+    pattern is ever searched for in token ids.
 
     Raises:
         InputError: if there is no chat template, or it changes the prompt.
@@ -254,7 +256,7 @@ def tokenize(
     if not (chat_template or tokenizer.chat_template):
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: set probe.chat_template to a "
-            "Jinja template or a file that holds one."
+            "Jinja template or a file that holds one, or to none for prompts as they are."
         )
     prompts = []
     before = _rendered(tokenizer, _MARK, chat_template).partition(_MARK)[0]
@@ -267,13 +269,16 @@ def tokenize(
             offset -= len(content) - len(content.lstrip())
             if not text.startswith(before + content.strip()):
                 raise InputError("the chat template changes the prompt's text, so its modalities cannot be located.")
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(text, add_special_tokens=chat_template == NO_TEMPLATE, return_offsets_mapping=True)
         starts, ends = torch.tensor(encoded["offset_mapping"]).unbind(dim=1)
         masks = {}
         for name, (start, stop) in spans.items():
             masks[name] = (starts < stop + offset) & (ends > start + offset) & (ends > starts)
         length = max((int(mask.nonzero().max()) + 1 for mask in masks.values() if mask.any()), default=0)
-        length = len(starts) if keep_end else length
+        if keep_end:
+            # Without an end that the tokenizer adds: an answer would begin there.
+            added = encoded["input_ids"][-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+            length = len(starts) - added
         ids = torch.tensor(encoded["input_ids"][:length])
         prompts.append((ids, {name: mask[:length] for name, mask in masks.items()}))
     return prompts
@@ -286,6 +291,8 @@ _MARK = "\ue000"
 def _rendered(tokenizer: "PreTrainedTokenizerBase", content: str, chat_template: str | None) -> str:
     from jinja2 import TemplateError
 
+    if chat_template == NO_TEMPLATE:
+        return content
     try:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -321,7 +328,7 @@ def text_probe(
         data: the items of each modality, equally many.
         embed: token ids [K, T] -> input embeddings [K, T, H].
         batch_size: probe inputs per batch (2 in the paper's code); gradient scores depend on it.
-        chat_template: instead of the tokenizer's own.
+        chat_template: instead of the tokenizer's own; `none` for prompts as they are.
         soft_tokens: of the items of modalities with an encoder, [n_k, H] each; their items are then n_k placeholder
             tokens.
         keep_end: keep what follows the last item, up to where an answer would begin.

@@ -9,7 +9,6 @@ from esmerge.backbone import Backbone
 from esmerge.cache import user_cache
 from esmerge.deltas import Delta, LoraDelta
 from esmerge.encoders import encoders_of, weights_hash, weights_of
-from esmerge.errors import InputError
 from esmerge.methods.matching import Positions
 from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
@@ -17,11 +16,11 @@ from esmerge.names import inner_name, natural_order
 from esmerge.plan import Plan
 from esmerge.probe import Probe, read_items, read_tensors, text_probe
 from esmerge.recipe import SignalsRecipe
-from esmerge.remote_code import FLAG
 from esmerge.scores import Scratch
 from esmerge.signals import EmbeddingSignals, LayerMerge, ProbedSpecialist, SignalSettings, embedding_signals
 from esmerge.specialists import SpecialistEncoder
 from esmerge.targets import Target
+from esmerge.tokenizer import load_tokenizer
 
 # Items that an encoder takes at a time. On a CPU one: batches are hardly faster there, and an item's soft tokens, which
 # are kept for other merges, must not depend on what else one of them encodes, not even in the last bit.
@@ -103,22 +102,12 @@ def make_probes(plan: Plan, backbone: Backbone, progress: bool = False, keep_end
     assert recipe is not None
     if recipe.tensors is not None:
         return [read_tensors(plan.path(recipe.tensors), names, recipe.batch_size, backbone.hidden_size, keep_end)]
-    from transformers import AutoTokenizer
-
     assert recipe.data is not None and recipe.samples is not None and recipe.template is not None
     items = {name: read_items(plan.path(recipe.data[name]), recipe.samples, name) for name in names}
     chat_template = recipe.chat_template
     if recipe.chat_template_file is not None:
         chat_template = plan.path(recipe.chat_template_file).read_text(encoding="utf-8")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.base.folder, trust_remote_code=plan.trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"the tokenizer of {plan.base.reference} needs code of its own: read its *.py files, and if you trust "
-                f"them, add {FLAG}."
-            ) from error
-        raise InputError(f"{plan.base.folder}: the base's tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(plan.base.folder, plan.trust_remote_code, plan.base.reference)
     encoders = encoders_of(plan)
     modalities = {name: encoder.modality for name, encoder in encoders.items()}
     add_placeholders(tokenizer, modalities)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from esmerge.errors import InputError
+from esmerge.tokenizer import NO_TEMPLATE
 from esmerge.yaml_files import NestedError, first_error, nearest, parse_yaml, read_mapping
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class ProbeRecipe(_Strict):
             also one for each specialist, or several that take turns, with its own placeholder alone: each then reads
             prompts like those that it was trained on.
         data: per modality a text file with one item per line, relative to the recipe.
-        chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's own.
+        chat_template: a Jinja chat template or a file that holds one, instead of the tokenizer's own; or `none`, for
+            prompts as they are.
         tensors: a safetensors file with `inputs_embeds` [K, T, H], `attention_mask` [K, T] and
             `mask.<modality>` [K, T].
         batch_size: probe inputs per batch; 2 in the paper's code. Gradient scores depend on it.
@@ -110,7 +112,8 @@ class ProbeRecipe(_Strict):
     @property
     def chat_template_file(self) -> str | None:
         """The file that holds the chat template, where it is not a template itself."""
-        return self.chat_template if self.chat_template and "{" not in self.chat_template else None
+        given = self.chat_template
+        return given if given and given != NO_TEMPLATE and "{" not in given else None
 
     @property
     def is_shared(self) -> bool:

@@ -24,13 +24,14 @@ from esmerge.modalities import Encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, save_encoder, save_modality
 from esmerge.results import check_output
 from esmerge.sources import Source, is_on_hub, resolve
+from esmerge.tokenizer import NO_TEMPLATE
 from esmerge.yaml_files import nearest
 from lightning_modules.data import TokenizedExample
 from lightning_modules.evaluation_results import all_versions, describe_model, portable
 from lightning_modules.finetune_recipe import FinetuningRecipe
 from lightning_modules.finetuning import VALIDATION_LOSS, AnswerFinetuning, JudgedFinetuning, StopEarly
 from lightning_modules.finetuning_data import FinetuningData
-from lightning_modules.prompts import NO_TEMPLATE, ChatFormat, PromptWriter, content_digest
+from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest
 from lightning_modules.running import Devices, WholeCheckpoints, make_loggers, quiet_lightning
 from lightning_modules.samples import Sample, load_samples
 from lightning_modules.tasks import check_names, load_task
@@ -42,7 +43,12 @@ _LOGS = "logs"
 
 
 def finetune(
-    recipe: FinetuningRecipe, output: Path, devices: Devices, resume: bool = False, progress: bool = True
+    recipe: FinetuningRecipe,
+    output: Path,
+    devices: Devices,
+    resume: bool = False,
+    progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train as a recipe says and write the result, checkpoints being kept beside it until then.
 
@@ -53,6 +59,7 @@ def finetune(
         resume: whether to go on from the last checkpoint of an interrupted training; the result is the same to the
             last bit as without the interruption.
         progress: whether to show progress bars.
+        trust_remote_code: whether code that comes with the model may run.
 
     Returns:
         The record of the training, as it is written; nothing in processes other than the first.
@@ -63,9 +70,9 @@ def finetune(
     if devices.sharded:
         raise InputError("--strategy fsdp is for evaluation; an adapter is trained with ddp.")
     check_output(output)
-    source = resolve(recipe.model, recipe.folder, "model")
-    base = _base_of(recipe, source)
-    processor = load_processor(source.folder, _reference(base))
+    source = resolve(recipe.model, recipe.folder, "model", trust_remote_code)
+    base = _base_of(recipe, source, trust_remote_code)
+    processor = load_processor(source.folder, _reference(base), trust_remote_code)
     tasks = [load_task(_task_reference(name, recipe.folder)) for name in recipe.tasks]
     check_names(tasks, "tasks")
     template = recipe.chat_template
@@ -99,7 +106,8 @@ def finetune(
     with work:
         if rank_zero_only.rank == 0:
             work.begin(_run_of(recipe, data, identity, devices), resume)
-        module, processor = _fit(recipe, source, base, data, devices, trainer, work.folder if resume else None)
+        interrupted = work.folder if resume else None
+        module, processor = _fit(recipe, source, base, data, devices, trainer, interrupted, trust_remote_code)
         if not trainer.is_global_zero:
             return {}
         loss = _take_best(module, trainer)
@@ -133,7 +141,7 @@ def _seconds(trainer: Trainer) -> float:
     return next(own for own in trainer.callbacks if isinstance(own, Timer)).time_elapsed()
 
 
-def _base_of(recipe: FinetuningRecipe, source: Source) -> Source | None:
+def _base_of(recipe: FinetuningRecipe, source: Source, trust_remote_code: bool) -> Source | None:
     """The base of an adapter, a folder being relative to the recipe if it is named there; None of a whole model."""
     named = base_of(source.folder, recipe.base)
     if named is None:
@@ -142,7 +150,7 @@ def _base_of(recipe: FinetuningRecipe, source: Source) -> Source | None:
                 f"base: {source.folder} holds no adapter but a whole model, which needs no base: leave it out."
             )
         return None
-    return resolve(named, Path() if recipe.base is None else recipe.folder, "base")
+    return resolve(named, Path() if recipe.base is None else recipe.folder, "base", trust_remote_code)
 
 
 def _reference(source: Source | None) -> str | None:
@@ -168,6 +176,11 @@ def _examples(
     samples: list[Sample] = load_samples(task, split or task.split.training, limit)
     writer.check_modalities(task.name, samples)
     tokenizer = processor.tokenizer
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer: set eos_token in its "
+            "tokenizer_config.json."
+        )
     prompts = [writer.write(sample, task.answer_prefix) for sample in samples]
     ids = writer.tokenize(prompts)
     answers = [
@@ -232,11 +245,11 @@ def _trainer(recipe: FinetuningRecipe, data: FinetuningData, devices: Devices, f
 
 
 def _load(
-    recipe: FinetuningRecipe, source: Source, base: Source | None, devices: Devices
+    recipe: FinetuningRecipe, source: Source, base: Source | None, devices: Devices, trust_remote_code: bool
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """The model with what is trained in float32 and set to be trained, and all else not."""
     dtype = torch.bfloat16 if _in_bfloat16(recipe, devices) else torch.float32
-    model, processor = load_model(source.folder, _reference(base), dtype)
+    model, processor = load_model(source.folder, _reference(base), dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False)
     if isinstance(model.language_model, PeftModel):
         model.language_model.set_adapter(model.language_model.active_adapter)
@@ -278,11 +291,12 @@ def _fit(
     devices: Devices,
     trainer: Trainer,
     interrupted: Path | None,
+    trust_remote_code: bool,
 ) -> tuple[JudgedFinetuning, MllmProcessor]:
     """Train, from the last checkpoint of an interrupted training if there is one."""
     if not trainer.progress_bar_callback or rank_zero_only.rank != 0:
         disable_progress_bar()  # of the weights' loading
-    model, processor = _load(recipe, source, base, devices)
+    model, processor = _load(recipe, source, base, devices, trust_remote_code)
     options = ("learning_rate", "encoder_learning_rate", "warmup_share", "weight_decay")
     module = JudgedFinetuning(model, recipe.seed, data.steps, **{option: getattr(recipe, option) for option in options})
     last = None if interrupted is None else interrupted / _CHECKPOINTS / "last.ckpt"

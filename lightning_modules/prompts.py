@@ -13,11 +13,10 @@ from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
 from esmerge.modalities import TextModality
 from esmerge.modalities.modality import with_encoder
+from esmerge.tokenizer import NO_TEMPLATE
 from esmerge.yaml_files import nearest
 from lightning_modules.samples import Item, Part, Sample
 
-# Instead of a chat template: for LLMs that know none, or to ask one that does as if it did not.
-NO_TEMPLATE = "none"
 _BETWEEN_TURNS = "\n\n"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from esmerge.errors import InputError
 from esmerge.mllm.configuration_mllm import MllmConfig
@@ -17,6 +17,7 @@ from esmerge.modalities.modality import with_encoder
 from esmerge.modalities.registry import MODALITIES_FOLDER, load_encoder, modality_settings
 from esmerge.remote_code import check_remote_code
 from esmerge.sources import is_on_hub, read_json, resolve
+from esmerge.tokenizer import load_tokenizer
 
 
 def load_model(
@@ -84,7 +85,7 @@ def load_processor(model: str | Path, base: str | Path | None = None, trust_remo
         source = resolve(named, Path(), "the base", trust_remote_code).folder
     else:
         source = folder
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code, named or str(model))
     return MllmProcessor(tokenizer, open_modalities(folder))
 
 
@@ -98,7 +99,16 @@ def _load_adapter(
     check_remote_code(read_json(source / "config.json"), trusted, f"the base {base}")
     llm = AutoModelForCausalLM.from_pretrained(source, **options)
     # In the base's dtype: PEFT's default of float32 casts every activation to and fro.
-    adapted: Any = PeftModel.from_pretrained(llm, folder, autocast_adapter_dtype=False)
+    try:
+        adapted: Any = PeftModel.from_pretrained(llm, folder, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError) as error:
+        # PEFT's ways to say that shapes, or names of modules, are others.
+        if not any(said in str(error) for said in ("size mismatch", "not found in the base model")):
+            raise
+        raise InputError(
+            f"the adapter {folder} does not fit the base {base}, whose tensors have other names or shapes: give the "
+            "base that it was trained on."
+        ) from error
     processor = load_processor(folder, base, trusted)
     return assemble(adapted, processor, _load_encoders(folder, processor, llm)).eval(), processor
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from esmerge.errors import InputError
@@ -102,6 +102,22 @@ def test_prompt_ends_with_the_last_item(bytewise):
 def test_chat_template_in_place_of_the_tokenizers(bytewise):
     found = located(bytewise, TEMPLATE, {"molecule": "C", "protein": "D"}, "[INST]{{ messages[0]['content'] }}[/INST]")
     assert found["molecule"] == ("[INST]Molecule: ", "C")
+
+
+def test_prompts_as_they_are(bytewise):
+    """Like an evaluation without chat template: with the beginning that the tokenizer adds, without the end."""
+    items = {"molecule": "CCO", "protein": "MKT"}
+    assert located(byte_tokenizer(None), TEMPLATE, items, "none") == {
+        "molecule": ("Molecule: ", "CCO"),
+        "protein": ("Molecule: CCO\nProtein: ", "MKT"),
+    }
+    own = byte_tokenizer(bytewise.chat_template)
+    own.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ends = [("<s>", own.bos_token_id), ("</s>", own.eos_token_id)]
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    [(ids, masks)] = tokenize(own, [TEMPLATE + "\n?"], [items], "none", keep_end=True)
+    assert own.decode(ids) == "<s>Molecule: CCO\nProtein: MKT\n?"
+    assert [own.decode(ids[mask]) for mask in masks.values()] == ["CCO", "MKT"]
 
 
 def test_tokenizer_without_chat_template_is_refused():

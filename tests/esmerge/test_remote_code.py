@@ -151,6 +151,21 @@ def test_code_that_is_not_needed_is_left_behind(world, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")).__name__ == "LlamaForCausalLM"
 
 
+def test_fine_tuning(world, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "a,Yes\nb,No\n" * 4)
+    task = {"name": "toy", "source": {"files": {"train": "train.csv"}}, "columns": {"text": "text"}, "answer": "label"}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**task, "prompt": "Is it {text}?", "choices": ["Yes", "No"]}))
+    recipe = {"model": str(world.inputs / "base"), "tasks": ["toy.yaml"], "validation": None}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(recipe))
+    program = [sys.executable, "-c", "from esmerge.cli import main; main()", "finetune", tmp_path / "tune.yaml"]
+    done = world.run(*program, "-o", tmp_path / "tuned", "--quiet")
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr
+    assert not world.mark.exists() and not (tmp_path / "tuned").exists()
+    done = world.run(*program, "-o", tmp_path / "tuned", "--quiet", "--trust-remote-code")
+    assert done.returncode == 0, done.stderr
+    assert world.mark.exists() and (tmp_path / "tuned" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("encoders", [False, True])
 def test_tokenizer_with_code_of_its_own(world, llama, multimodal, tmp_path, encoders):
     shutil.copy(llama / "base/config.json", world.inputs / "base")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 
 def fails(esmerge, *arguments):
@@ -49,6 +49,27 @@ def test_the_same_task_twice(esmerge, text_model, write_task):
 def test_no_task_and_two_models(esmerge, text_model, write_task):
     assert "--task is missing" in fails(esmerge, text_model)
     assert "--compare" in fails(esmerge, text_model, text_model, "--task", write_task(5))
+
+
+def test_no_tokenizer(esmerge, text_model, write_task):
+    for file in text_model.glob("tokenizer*"):
+        file.unlink()
+    said = fails(esmerge, text_model, "--task", write_task(5))
+    assert f"{text_model} has no tokenizer" in said and "save_pretrained" in said
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 24}, {"model_type": "gpt2"}])
+def test_a_base_that_the_adapter_was_not_trained_on(esmerge, llama, write_task, tmp_path, changes):
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    other = shutil.copytree(llama / "base", tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    if "model_type" in changes:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other, **changes))
+    model.save_pretrained(other)
+    said = fails(esmerge, adapter, "--base", other, "--task", write_task(5))
+    assert f"the adapter {adapter} does not fit the base {other}" in said
 
 
 def test_no_model(esmerge, text_model, llama, write_task, tmp_path):

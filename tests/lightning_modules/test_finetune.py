@@ -317,6 +317,18 @@ def test_what_is_wrong_is_said_in_one_sentence(esmerge, write_recipe, tmp_path, 
     assert not (tmp_path / "tuned").exists()
 
 
+def test_a_tokenizer_without_an_end(esmerge, write_recipe, llama, tmp_path):
+    base = shutil.copytree(llama / "base", tmp_path / "base")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (base / name).exists():
+            settings = json.loads((base / name).read_text())
+            (base / name).write_text(json.dumps({**settings, "eos_token": None}))
+    code, _, err = esmerge("finetune", write_recipe(model=str(base)), "-o", tmp_path / "tuned", "--quiet")
+    assert code == 2, err
+    assert "has no token that ends an answer: set eos_token" in err
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_the_output_exists(esmerge, write_recipe, tmp_path):
     (tmp_path / "tuned").mkdir()
     code, _, err = esmerge("finetune", write_recipe(), "-o", tmp_path / "tuned")

@@ -1,0 +1,42 @@
+"""A model's tokenizer from its folder, with errors of one sentence."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esmerge.errors import InputError, first_line
+from esmerge.remote_code import FLAG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_TEMPLATE = "none"  # in place of a chat template: prompts as they are, with the beginning that a tokenizer adds
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool, what: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder.
+
+    Args:
+        folder: with its files.
+        trust_remote_code: let code that comes with it run, if it needs some.
+        what: whose tokenizer, for messages.
+
+    Raises:
+        InputError: if there is none that can be loaded, or it needs code that is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer of {what} needs code of its own: read its *.py files, and if you trust "
+                f"them, add {FLAG}."
+            ) from error
+        if not any(folder.glob("tokenizer*")):
+            raise InputError(
+                f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained, or copy the files of that "
+                "of its base."
+            ) from error
+        raise InputError(f"{folder}: the tokenizer of {what} cannot be loaded: {first_line(error)}.") from error
+    return loaded
