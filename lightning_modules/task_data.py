@@ -73,7 +73,8 @@ def load_rows(task: Task, *splits: str) -> list[list[Row]]:
             message += f"(it has {', '.join(tables)})."
             if len(tables) == 1 and task.split.by is None:
                 only, first = next(iter(tables)), next(iter(task.columns))
-                message += f" split: {{evaluated: {only}}} asks about all of it, split: {{by: {first}}} shares it out."
+                message += f" split: {{by: {first}}} shares it out"
+                message += f", split: {{evaluated: {only}}} asks about all." if split == task.split.evaluated else "."
             raise InputError(message)
     return [_check(task, tables[split], split) for split in splits]
 

@@ -241,8 +241,8 @@ BAD = {
     "a single file that does not say what is evaluated": (
         changed(source={"path": "test.csv"}, examples=None),
         None,
-        "test.csv has no split test (it has train). split: {evaluated: train} asks about all of it, "
-        "split: {by: molecule} shares it out.",
+        "test.csv has no split test (it has train). split: {by: molecule} shares it out, split: {evaluated: train} "
+        "asks about all.",
     ),
     "a row in two splits": (
         table(
