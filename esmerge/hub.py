@@ -452,8 +452,9 @@ def _reason(error: Exception, repo_id: str, revision: str | None, kind: str) -> 
     if status is not None:
         remedy = "your token may not read it" if status == 403 else "try again later; what is complete is kept"
         return f"the Hub answered {status} for {repo_id}: {remedy}."
+    here = "" if kind == "dataset" else f"{repo_id} is no folder here; if it is on the Hub: "
     return (
-        f"the connection to {constants.ENDPOINT} failed while {repo_id} was asked for: check it and run the same "
+        f"{here}the connection to {constants.ENDPOINT} failed while {repo_id} was asked for: check it and run the same "
         "command again; what is complete is kept."
     )
 
