@@ -18,7 +18,8 @@ from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.study.coefficients import SHOWN_COEFFICIENTS
 from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE
+from benchmarks.testbed.study.rows import CHOOSING_SEED
+from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
 from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole

@@ -1,6 +1,7 @@
 """The study as jobs: each leaves one result that is kept, and says which others it needs."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from benchmarks.testbed.data import MODALITIES, Modality
 from benchmarks.testbed.study.merges import merged
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import (
+    CHOOSING_SEED,
     MATCHING,
     MERGED_LAYERS,
     PUBLISHED,
@@ -22,7 +24,6 @@ from benchmarks.testbed.study.rows import (
 )
 from benchmarks.testbed.study.scoring import (
     CHOICE_FILE,
-    CHOOSING_SEED,
     DEVELOPED_ON,
     MERGE_FILE,
     choose,
@@ -42,6 +43,7 @@ from benchmarks.testbed.study.specialists import (
     write_untrained,
 )
 from esmerge.results import write_whole
+from esmerge.sources import checkpoint_hash
 from lightning_modules.finetune import RECORD, finetune
 from lightning_modules.finetune_recipe import load_finetuning_recipe
 from lightning_modules.running import Devices
@@ -94,7 +96,10 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     """All jobs by name, in the order in which they are best done: what one seed tells comes before the next seed."""
     jobs: list[Job] = []
     # That of which settings are chosen comes first, then what nothing was developed on.
-    for seed in sorted(SEEDS, key=lambda own: (own != CHOOSING_SEED, own in DEVELOPED_ON)):
+    order = sorted(SEEDS, key=lambda own: (own != CHOOSING_SEED, own in DEVELOPED_ON))
+    for seed in order:
+        jobs += _choices(places, base, seed)
+    for seed in order:
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
     for seed in SEEDS:
@@ -102,22 +107,27 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     return {job.name: job for job in jobs}
 
 
+def _trainings(places: Places, base: Path, seed: int) -> list[Job]:
+    return [_training(places, base, seed, modality) for modality in MODALITIES]
+
+
+def _choices(places: Places, base: Path, seed: int) -> list[Job]:
+    """What is chosen with the specialists of a training, before test data is asked of anything."""
+    trained = _trainings(places, base, seed)
+    needs = tuple(job.name for job in trained)
+    kinds = [("choice", own) for own in ROWS if len(own.variants) > 1] + [("variation", own) for own in VARIATIONS]
+    choices = [_choice(places, base, own, kind, needs) for kind, own in kinds if own.chosen_on == seed]
+    return trained + choices if choices else []
+
+
 def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
-    trained = [_training(places, base, seed, modality) for modality in MODALITIES]
+    trained = _trainings(places, base, seed)
     specialists = tuple(job.name for job in trained)
     jobs = trained
     if seed == CHOOSING_SEED:
-        for own in ROWS:
-            if len(own.variants) > 1:
-                jobs.append(_choice(places, base, own, "choice", specialists))
-        # Before test data is asked of anything.
-        jobs += [_choice(places, base, own, "variation", specialists) for own in VARIATIONS]
         jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
     for modality in MODALITIES:
-        model = places.model(seed, modality)
-        jobs.append(
-            _test(places, model, f"{seed}/{modality}", places.test(seed, modality), (f"{modality}-{seed}",), base)
-        )
+        jobs.append(_test_of_trained(places, base, seed, modality, (f"{modality}-{seed}",), (modality,)))
     for own in ROWS:
         needs = (*specialists, f"choice/{own.name}") if len(own.variants) > 1 else specialists
         jobs.append(_test_of_row(places, base, seed, own.name, None, own.name, needs))
@@ -145,16 +155,31 @@ def _test_of_row(
 
 
 def _test(
-    places: Places, model: Path, name: str, output: Path, needs: tuple[str, ...], base: Path | None = None
+    places: Places,
+    model: Path,
+    name: str,
+    output: Path,
+    needs: tuple[str, ...],
+    base: Path | None = None,
+    made_of: Mapping[str, Path] | None = None,
 ) -> Job:
-    """Of a model that is no merge of a row."""
+    """Of a model that is no merge of a row; which specialists it is made of is written down beside its results."""
 
     def run() -> None:
+        hashes = {modality: checkpoint_hash(folder) for modality, folder in (made_of or {}).items()}
         with reading_all_text(places, model, name.replace("/", "-")) as reader:
             score_on_test(places, reader, base or reader, output, control=False)
-        write_whole(output / DONE_FILE, "")
+        write_whole(output / DONE_FILE, json.dumps({"specialists": hashes}) + "\n")
 
     return Job(f"test/{name}", output / DONE_FILE, run, needs)
+
+
+def _test_of_trained(
+    places: Places, base: Path, seed: int, name: str, needs: tuple[str, ...], made_of: Collection[str]
+) -> Job:
+    folders = {modality: places.model(seed, modality) for modality in made_of}
+    model, output = places.model(seed, name), places.test(seed, name)
+    return _test(places, model, f"{seed}/{name}", output, needs, base, folders)
 
 
 def _training(places: Places, base: Path, seed: int, modality: Modality) -> Job:
@@ -176,7 +201,7 @@ def _joint(places: Places, base: Path, seed: int) -> list[Job]:
             write_untrained(base, MODALITIES, seed, untrained, RANK * len(MODALITIES))
         _train(places, seed, JOINT, joint_recipe(base, seed, untrained))
 
-    return _trained_model(places, base, seed, JOINT, run, ())
+    return _trained_further(places, base, seed, JOINT, run, ())
 
 
 def _tuned(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) -> list[Job]:
@@ -189,16 +214,15 @@ def _tuned(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) 
                 model.rename(start)
         _train(places, seed, TUNED, tuning_recipe(base, seed, start))
 
-    return _trained_model(places, base, seed, TUNED, run, specialists)
+    return _trained_further(places, base, seed, TUNED, run, specialists)
 
 
-def _trained_model(
-    places: Places, base: Path, seed: int, name: str, train: Callable[[], None], needs: tuple[str, ...]
+def _trained_further(
+    places: Places, base: Path, seed: int, name: str, train: Callable[[], None], specialists: tuple[str, ...]
 ) -> list[Job]:
-    model, output = places.model(seed, name), places.test(seed, name)
     return [
-        Job(f"{name}-{seed}", model, train, needs, places.training(seed, name)),
-        _test(places, model, f"{seed}/{name}", output, (f"{name}-{seed}",), base),
+        Job(f"{name}-{seed}", places.model(seed, name), train, specialists, places.training(seed, name)),
+        _test_of_trained(places, base, seed, name, (f"{name}-{seed}",), MODALITIES if specialists else ()),
     ]
 
 

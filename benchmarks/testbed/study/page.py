@@ -38,6 +38,7 @@ from benchmarks.testbed.study.results import (
     specialists_of,
 )
 from benchmarks.testbed.study.rows import (
+    CHOOSING_SEED,
     FROM_SIGNALS,
     MATCHING,
     PUBLISHED,
@@ -47,7 +48,6 @@ from benchmarks.testbed.study.rows import (
     Row,
     row,
 )
-from benchmarks.testbed.study.scoring import CHOOSING_SEED
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import half_width, holm, rank_correlation
 from benchmarks.testbed.study.table_rows import MERGES, REFERENCES, SIGNALS, TITLES, TRAINED

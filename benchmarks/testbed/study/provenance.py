@@ -1,6 +1,5 @@
 """What the study's results were made from, and how long it took: read from the records beside them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,14 @@ import yaml
 
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import markdown_table
+from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
-from benchmarks.testbed.study.rows import ROWS
-from benchmarks.testbed.study.scoring import CHOICE_FILE, CHOOSING_SEED, MERGE_FILE, chosen_variant, read_inputs
+from benchmarks.testbed.study.rows import ROWS, VARIATIONS
+from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE, chosen_variant, read_inputs
 from benchmarks.testbed.study.specialists import SEEDS
 from esmerge.errors import InputError
 from esmerge.results import RECORD_FILE
+from esmerge.sources import read_json
 from lightning_modules.evaluation_results import RESULTS_FOLDER, read_results
 
 # Of hashes, as many characters as tell them apart.
@@ -55,21 +56,35 @@ def trainings_table(places: Places) -> str:
 
 
 def check_specialists(places: Places) -> None:
-    """Raise `InputError` if rows of one seed were merged from different trainings of its specialists."""
+    """Raise `InputError` if results of one seed are of different trainings of its specialists."""
     for seed in SEEDS:
-        records = sorted(places.test(seed, "any").parent.glob(f"*/{RECORD_FILE}"))
-        merged_from = [(file, read_inputs(file.parent)) for file in records]
-        if seed == CHOOSING_SEED:
-            choices = sorted(places.validation("any").parent.glob(f"*/{CHOICE_FILE}"))
-            merged_from += [(file, json.loads(file.read_text(encoding="utf-8"))["inputs"]) for file in choices]
-        for file, inputs in merged_from:
-            other, first = merged_from[0]
-            for name in MODALITIES:
-                if inputs["specialists"][name]["hash"] != first["specialists"][name]["hash"]:
+        known: dict[str, tuple[str, Path]] = {}
+        for file, hashes in _made_of(places, seed):
+            for name, digest in hashes.items():
+                first, other = known.setdefault(name, (digest, file))
+                if digest != first:
                     raise InputError(
                         f"{file}: its {name} specialist is not that of {other}; delete what is older and run the "
                         "study again."
                     )
+
+
+def _made_of(places: Places, seed: int) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Of the results with the specialists of a seed, the file that says so, and the hashes of the specialists."""
+
+    def of_merge(inputs: dict[str, Any]) -> dict[str, str]:
+        return {name: inputs["specialists"][name]["hash"] for name in MODALITIES}
+
+    tests = places.test(seed, "any").parent
+    for file in sorted(tests.glob(f"*/{RECORD_FILE}")):
+        yield file, of_merge(read_inputs(file.parent))
+    for own in (*ROWS, *VARIATIONS):
+        file = places.validation(own.name) / CHOICE_FILE
+        if own.chosen_on == seed and file.exists():
+            yield file, of_merge(read_json(file)["inputs"])
+    for file in sorted(tests.glob(f"*/{DONE_FILE}")):
+        if file.stat().st_size:  # of the first results, nothing was written down
+            yield file, read_json(file)["specialists"]
 
 
 def check_settings(places: Places) -> None:
@@ -81,7 +96,7 @@ def check_settings(places: Places) -> None:
                 len(own.variants) > 1 and not (places.validation(own.name) / CHOICE_FILE).exists()
             ):
                 continue
-            tested, chosen = json.loads(file.read_text(encoding="utf-8"))["variant"], chosen_variant(places, own)
+            tested, chosen = read_json(file)["variant"], chosen_variant(places, own)
             if tested != chosen:
                 raise InputError(
                     f"{file}: what was tested is {tested}, what was chosen {chosen}; delete the file and run the study "

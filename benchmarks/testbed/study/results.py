@@ -1,12 +1,11 @@
 """What the study found, gathered from the result files that `esmerge evaluate` wrote."""
 
-import json
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import TaskScore, first_scores
@@ -14,6 +13,7 @@ from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.tasks import CROSS, OWN, SHUFFLED, TASKS
+from esmerge.sources import read_json
 from lightning_modules.evaluation_results import read_results, results_file
 
 T = TypeVar("T")
@@ -57,14 +57,13 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
                 if len(shuffled) == sum(task.control for task in TASKS):
                     controls.setdefault(name, {})[seed] = shuffled
                 if (folder / MERGE_FILE).exists():
-                    seconds.setdefault(name, {})[seed] = _read(folder / MERGE_FILE)["seconds"]
-    chosen = {
-        name: _read(file) for name in (*rows, *variations) if (file := places.validation(name) / CHOICE_FILE).exists()
-    }
+                    seconds.setdefault(name, {})[seed] = read_json(folder / MERGE_FILE)["seconds"]
+    files = {name: places.validation(name) / CHOICE_FILE for name in (*rows, *variations)}
+    chosen = {name: read_json(file) for name, file in files.items() if file.exists()}
     choices, gaps = ({name: own[field] for name, own in chosen.items()} for field in ("scores", "gaps"))
     sizes = {
         name: {
-            samples: fmean(_read(file)["scores"].values())
+            samples: fmean(read_json(file)["scores"].values())
             for samples in probe_sizes
             if (file := places.probe_size(name, samples) / CHOICE_FILE).exists()
         }
@@ -107,11 +106,6 @@ def _scores(folder: Path, tasks: Sequence[str]) -> Scores:
     results = {task: read_results(file) for task in tasks if (file := results_file(folder, task)).exists()}
     found: dict[str, TaskScore] = first_scores(results)
     return {task: score.value for task, score in found.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
 
 
 def specialists_of(found: Found, seed: int) -> dict[str, Scores]:

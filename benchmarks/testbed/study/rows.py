@@ -12,6 +12,10 @@ Variant = dict[str, Any]  # the fields `method` and `coefficients` of a recipe
 
 # As many as any method has settings to choose among.
 BUDGET = 4
+# Settings are chosen with the specialists of one training, and kept for the others.
+CHOOSING_SEED = 43
+# Of what was corrected when the specialists of that training were gone.
+_CHOOSING_SEED_LATER = 42
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Row:
         space: in which deltas are merged.
         own_prompts: whether each specialist reads prompts of its own tasks in the probe, instead of one prompt that has
             all modalities.
+        chosen_on: with the specialists of which training its settings are validated.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Row:
     signals: bool = False
     space: Space = "weights"
     own_prompts: bool = False
+    chosen_on: int = CHOOSING_SEED
 
     @property
     def matches(self) -> bool:
@@ -181,6 +187,7 @@ ROWS: tuple[Row, ...] = (
         ),
         True,
         own_prompts=True,
+        chosen_on=_CHOOSING_SEED_LATER,
     ),
 )
 
@@ -226,6 +233,7 @@ VARIATIONS: tuple[Row, ...] = (
             "shrinking of 0.98": _matching(terms="as_read", shrink=0.98),
         },
         True,
+        chosen_on=_CHOOSING_SEED_LATER,
     ),
     Row(
         "matching_own_prompts",
@@ -237,6 +245,7 @@ VARIATIONS: tuple[Row, ...] = (
         },
         True,
         own_prompts=True,
+        chosen_on=_CHOOSING_SEED_LATER,
     ),
     Row(
         "matching_activations",

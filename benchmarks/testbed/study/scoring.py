@@ -23,8 +23,6 @@ from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 
 CHOICE_FILE = "choice.json"
 MERGE_FILE = "merge.json"
-# Settings are chosen with the specialists of one training, and kept for the others.
-CHOOSING_SEED = 43
 # Of these trainings some data was looked at before all methods stood as they are.
 DEVELOPED_ON = (42, 43)
 
@@ -87,8 +85,8 @@ def choose(places: Places, base: Path, row: Row) -> None:
 
     What embeddings alone tell of them is written down too, and decides nothing.
     """
-    meter = GapMeter(places, base, CHOOSING_SEED)
-    with merged_in_all_ways(places, base, CHOOSING_SEED, row) as models:
+    meter = GapMeter(places, base, row.chosen_on)
+    with merged_in_all_ways(places, base, row.chosen_on, row) as models:
         gaps = {name: meter(model) for name, model in models.items()}
         merged_from = read_inputs(next(iter(models.values())))
         scores = {

@@ -39,12 +39,12 @@ from esmerge.methods import METHODS
 from esmerge.mllm.loading import load_model
 from lightning_modules.finetune_recipe import FinetuningRecipe
 
-CHOSEN_ON = scoring.CHOOSING_SEED
+CHOSEN_ON = rows.CHOOSING_SEED
 
 
 @pytest.fixture
 def places(trained, tmp_path):
-    for seed, modality in itertools.product((CHOSEN_ON, jobs.PROBE_SIZE_SEED), MODALITIES):
+    for seed, modality in itertools.product(specialists.SEEDS, MODALITIES):
         link = Places(tmp_path).model(seed, modality)
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(trained / modality)
@@ -175,8 +175,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     assert not list((tmp_path / "scratch").iterdir())
     assert left == {
         "scratch",
-        f"seed-{CHOSEN_ON}",
-        f"seed-{jobs.PROBE_SIZE_SEED}",
+        *(f"seed-{own}" for own in specialists.SEEDS),
         "tasks",
         "probes",
         "validation",
@@ -216,7 +215,11 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
 
     # Packed and unpacked elsewhere, the results make the same page: no model is needed for it.
     packed = archive.pack(places, tmp_path / "packed")
-    assert {file.name for file in packed} == {f"test-{CHOSEN_ON}.tar.xz", "validation.tar.xz"}
+    assert {file.name for file in packed} == {
+        f"test-{CHOSEN_ON}.tar.xz",
+        "validation.tar.xz",
+        f"specialists-{archive.SPECIALISTS_SEED}.tar.xz",
+    }
     before = [file.read_bytes() for file in packed]
     assert [file.read_bytes() for file in archive.pack(places, tmp_path / "packed")] == before
     elsewhere = Places(tmp_path / "of another" / "elsewhere")
@@ -255,6 +258,17 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     file.write_text(json.dumps(result))
     with pytest.raises(InputError, match="b3db was asked with other data"):
         page.page(places, readme, tmp_path / "figures")
+
+    # Nor are specialists of other trainings.
+    result["run"]["samples"] = f"sha256:{digest}"
+    file.write_text(json.dumps(result))
+    file = places.test(seed, "cell") / jobs.DONE_FILE
+    content = file.read_text()
+    file.write_text(content.replace("xxh3:", "xxh3:0"))
+    with pytest.raises(InputError, match="/done: its cell specialist is not that of"):
+        page.page(places, readme, tmp_path / "figures")
+    file.write_text(content)
+    page.page(places, readme, tmp_path / "figures")
 
     # Nor are merges of other trainings.
     file = places.test(seed, "uniform") / "esmerge.yaml"
