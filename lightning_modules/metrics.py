@@ -223,7 +223,14 @@ def paired_differences(first: Outcomes, second: Outcomes, wanted: Sequence[str],
         if not len(differences):
             found[name] = Difference(math.nan, math.nan, math.nan, math.nan)
             continue
-        other_side = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
-        p_value = min(1.0, 2 * (other_side + 1) / (len(differences) + 1))
-        found[name] = Difference(after[name] - before[name], *interval(differences), p_value)
+        found[name] = Difference(after[name] - before[name], *interval(differences), bootstrap_p_value(differences))
     return found
+
+
+def bootstrap_p_value(differences: Tensor) -> float:
+    """Two-sided p-value from resampled differences [R]: how readily they fall on the other side of zero.
+
+    It is at least 2 / (R + 1).
+    """
+    other_side = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return min(1.0, 2 * (other_side + 1) / (len(differences) + 1))

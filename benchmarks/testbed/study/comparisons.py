@@ -12,10 +12,10 @@ from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.resampling import Unit, resampled_differences, resampled_scores
 from benchmarks.testbed.study.results import Found
 from benchmarks.testbed.study.rows import PUBLISHED, PUBLISHED_VARIANT
-from benchmarks.testbed.study.statistics import bootstrap_p_value, half_width, sign_flip_p_value
+from benchmarks.testbed.study.statistics import half_width, sign_flip_p_value
 from benchmarks.testbed.study.table_rows import MERGES, TRAINED
 from benchmarks.testbed.study.tasks import SHUFFLED, TASKS
-from lightning_modules.metrics import interval
+from lightning_modules.metrics import bootstrap_p_value, interval
 
 # Of rows that are compared: training -> scores [tasks, resamples].
 Resampled = dict[str, dict[int, Tensor]]

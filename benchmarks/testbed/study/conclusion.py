@@ -19,9 +19,10 @@ _KNOWING = [row.name for row in ROWS if row.own_prompts]
 
 
 def conclusion(found: Found, drawn: Resampled) -> str:
-    """As a list: how the embedding matching that validation data chose does, against whom, and the paper's procedure.
+    """As a list: how embedding matching does, against whom, and the paper's procedure.
 
-    Test data chooses only whom it is compared with, which is against it.
+    Of matching, it tells of what validation data chose among the rows that know no task's question. Test data chooses
+    only whom it is compared with, which is against it.
     """
     ours = best_on_validation(found, MATCHING)
     merges = distinct_merges(found)
@@ -41,12 +42,11 @@ def conclusion(found: Found, drawn: Resampled) -> str:
             f"(by training {own.trainings})"
         )
 
-    knows = " (which knows the questions of the tasks)" if ours in _KNOWING else ""
     others = ", ".join(f"{TITLES[name]} {means[name]:.3f}" for name in order if name in MATCHING and name != ours)
     plain = next(name for name in rivals if name not in _KNOWING)
     knowing = next(name for name in rivals if name in _KNOWING)
     lines = [
-        f"**{TITLES[ours]}**{knows}, the embedding matching that validation data chose, scores {means[ours]:.3f} on "
+        f"**{TITLES[ours]}**, the embedding matching that validation data chose, scores {means[ours]:.3f} on "
         f"the mean of all tasks, over {_trainings(len(trainings[ours]))}: place {order.index(ours) + 1} of "
         f"{len(order)} merges. (The other ways to match: {others}.)",
         f"Of other merges that know none of the tasks' questions, the best is {against(plain)}.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.figure import Figure
 
@@ -10,6 +10,7 @@ from benchmarks.testbed.study.statistics import half_width
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart.
 _SIGNALS, _OTHERS, _REFERENCES = "#D55E00", "#0072B2", "#7f7f7f"
+_MARKERS = ("o", "s", "^")
 # Of an axis of scores, so that noise does not look like a trend.
 _SMALLEST_RANGE = 0.05
 
@@ -38,15 +39,26 @@ def score_figure(values: Mapping[str, Sequence[float]], signals: Sequence[str], 
     return figure
 
 
-def runtime_figure(seconds: Mapping[str, Sequence[float]], signals: Sequence[str]) -> Figure:
-    """How long merging takes with every row."""
-    order = sorted(seconds, key=lambda title: fmean(seconds[title]))
-    figure = Figure(figsize=(7, 0.28 * len(order) + 1), layout="constrained")
+def runtime_figure(seconds: Mapping[str, Mapping[int, float]], signals: Sequence[str]) -> Figure:
+    """How long merging took with every row, of each training by itself: machines, and what else they did, differ.
+
+    Args:
+        seconds: title of a row -> seconds by training.
+        signals: titles of the rows that use embedding signals.
+    """
+    order = sorted(seconds, key=lambda title: median(seconds[title].values()))
+    figure = Figure(figsize=(7, 0.28 * len(order) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colors = [_SIGNALS if title in signals else _OTHERS for title in order]
-    axes.barh(range(len(order)), [fmean(seconds[title]) for title in order], color=colors)
+    for place, title in enumerate(order):
+        color = _SIGNALS if title in signals else _OTHERS
+        for seed, own in sorted(seconds[title].items()):
+            axes.plot(own, place, _MARKERS[seed % len(_MARKERS)], color=color, markersize=5)
+    for seed in sorted({seed for own in seconds.values() for seed in own}):
+        axes.plot([], [], _MARKERS[seed % len(_MARKERS)], color=_REFERENCES, label=f"training {seed}")
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel("seconds to merge on one core with another job beside, probe included")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds to merge on one core, probe included; other jobs and machines for each training")
+    axes.legend(fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     return figure
 

@@ -132,13 +132,13 @@ def choices_table(found: Found, of: Sequence[Row]) -> str:
         if len(own.variants) == 1:
             continue
         if scores is None:
-            rows.append([own.title, NOTHING])
+            rows.append([own.title, NOTHING, f"{own.chosen_on}"])
             continue
         best = max(scores, key=scores.__getitem__)
         shown = [f"{_readable(name)}: {score:.3f}" for name, score in scores.items()]
         marked = [f"**{text}**" if name == best else text for name, text in zip(scores, shown, strict=True)]
-        rows.append([own.title, "; ".join(marked)])
-    return markdown_table(["row", "mean score on validation data"], rows)
+        rows.append([own.title, "; ".join(marked), f"{own.chosen_on}"])
+    return markdown_table(["row", "mean score on validation data", "training"], rows)
 
 
 def _readable(variant: str) -> str:
@@ -160,10 +160,10 @@ def unlabelled_table(found: Found) -> str:
 
 
 def unlabelled_sentence(found: Found) -> str:
-    """How well the gap tells the score over all settings of all rows, each once."""
+    """How well the gap tells the score over all settings that were measured with the same specialists, each once."""
     # One merge may stand in several rows, but no two have the same numbers.
     families: dict[str, set[tuple[float, float]]] = {}
-    for name, scores in found.choices.items():
+    for name, scores in _of_same_specialists(found).items():
         for variant, score in scores.items():
             own = row(name).variants[variant]
             reads = METHODS[own["method"]["name"]].match is not None
@@ -177,9 +177,13 @@ def unlabelled_sentence(found: Found) -> str:
     ]
     every = set().union(*families.values())
     return (
-        f"The rank correlation of gap and score is {_correlation(every)} over all {len(every)} settings measured"
-        f"{''.join(f', {own}' for own in told)}."
+        f"The rank correlation of gap and score is {_correlation(every)} over all {len(every)} settings measured with "
+        f"the specialists of training {CHOOSING_SEED}{''.join(f', {own}' for own in told)}."
     )
+
+
+def _of_same_specialists(found: Found) -> dict[str, dict[str, float]]:
+    return {name: own for name, own in found.choices.items() if row(name).chosen_on == CHOOSING_SEED}
 
 
 def _correlation(points: Collection[tuple[float, float]]) -> str:
@@ -227,15 +231,13 @@ def draw(places: Places, found: Found, folder: Path) -> list[Path]:
     if means:
         figures["overall"] = score_figure(means, signals, [*REFERENCES.values(), *TRAINED.values()])
     if found.seconds:
-        figures["runtime"] = runtime_figure(
-            {TITLES[name]: list(own.values()) for name, own in found.seconds.items()}, signals
-        )
+        figures["runtime"] = runtime_figure({TITLES[name]: own for name, own in found.seconds.items()}, signals)
     if lines:
         figures["probe_size"] = line_figure(lines, f"probe samples (specialists of training {PROBE_SIZE_SEED})")
     if found.choices:
         points = {
             TITLES[name]: [(found.gaps[name][variant], score) for variant, score in own.items()]
-            for name, own in found.choices.items()
+            for name, own in _of_same_specialists(found).items()
             if name in TITLES
         }
         figures["gap"] = gap_figure(points, signals)

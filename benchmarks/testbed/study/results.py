@@ -10,6 +10,7 @@ from typing import TypeVar
 from benchmarks.testbed.data import MODALITIES
 from benchmarks.testbed.results_table import TaskScore, first_scores
 from benchmarks.testbed.study.places import Places
+from benchmarks.testbed.study.rows import CHOOSING_SEED, row
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.tasks import CROSS, OWN, SHUFFLED, TASKS
@@ -96,8 +97,12 @@ def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
 
 
 def best_on_validation(found: Found, rows: Iterable[str]) -> str | None:
-    """Of some rows, the one with the setting that is best on validation data; None if one of them has none yet."""
-    best = {name: max(found.choices[name].values()) if name in found.choices else None for name in rows}
+    """Of some rows, the one with the setting that is best on validation data; None if one of them has none yet.
+
+    Those that were validated with other specialists than most cannot be compared, and are left out.
+    """
+    comparable = [name for name in rows if row(name).chosen_on == CHOOSING_SEED]
+    best = {name: max(found.choices[name].values()) if name in found.choices else None for name in comparable}
     known = {name: score for name, score in best.items() if score is not None}
     return max(known, key=known.__getitem__) if known and len(known) == len(best) else None
 

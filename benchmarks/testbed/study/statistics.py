@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 # Of Student's t distribution, two-sided 95 %, by the number of values.
@@ -36,13 +35,6 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
     for value in values:
         sums = torch.cat([sums + value, sums - value])
     return int((sums.abs() >= observed - 1e-12).sum()) / len(sums)
-
-
-def bootstrap_p_value(differences: Tensor) -> float:
-    """Two-sided p-value from resampled differences [R]: how readily they fall on the other side of zero."""
-    count = len(differences) + 1
-    below, above = (int(side.sum()) + 1 for side in (differences <= 0, differences >= 0))
-    return min(1.0, 2 * min(below, above) / count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -8,13 +8,13 @@ from benchmarks.testbed.study.comparisons import width_of_control
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.resampling import resampled_differences, resampled_scores
 from benchmarks.testbed.study.statistics import (
-    bootstrap_p_value,
     half_width,
     holm,
     rank_correlation,
     sign_flip_p_value,
 )
 from lightning_modules.evaluation_results import RESULTS_FOLDER
+from lightning_modules.metrics import bootstrap_p_value
 from lightning_modules.sample_log import log_file, write_log
 
 
