@@ -274,6 +274,7 @@ def page(places: Places, readme: Path, figures: Path) -> None:
         choices_table(found, VARIATIONS),
         *_without_labels(found),
         "### Shuffled partners and main effects",
+        "±: half of the 95 % interval over the test samples, of these trainings; other trainings may differ more.",
         control_table(places, found),
         *_coefficients(places),
         "### Figures",
