@@ -125,7 +125,7 @@ def paired_table(found: Found, drawn: Resampled, reference: str) -> str:
 
 
 def choices_table(found: Found, of: Sequence[Row]) -> str:
-    """Every setting of rows with its score on validation data; the best one in bold."""
+    """Every setting of rows with its score on validation data; the best one in bold, which is what was tested."""
     rows = []
     for own in of:
         scores = found.choices.get(own.name)
@@ -137,7 +137,8 @@ def choices_table(found: Found, of: Sequence[Row]) -> str:
         best = max(scores, key=scores.__getitem__)
         shown = [f"{_readable(name)}: {score:.3f}" for name, score in scores.items()]
         marked = [f"**{text}**" if name == best else text for name, text in zip(scores, shown, strict=True)]
-        rows.append([own.title, "; ".join(marked), f"{own.chosen_on}"])
+        told = f" (tested: {_readable(own.settled)})" if own.settled else ""
+        rows.append([own.title, "; ".join(marked) + told, f"{own.chosen_on}"])
     return markdown_table(["row", "mean score on validation data", "training"], rows)
 
 

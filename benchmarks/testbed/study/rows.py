@@ -31,6 +31,7 @@ class Row:
         own_prompts: whether each specialist reads prompts of its own tasks in the probe, instead of one prompt that has
             all modalities.
         chosen_on: with the specialists of which training its settings are validated.
+        settled: the setting that is tested, where it had been chosen before what validation data says now.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     space: Space = "weights"
     own_prompts: bool = False
     chosen_on: int = CHOOSING_SEED
+    settled: str | None = None
 
     @property
     def matches(self) -> bool:
@@ -188,6 +190,8 @@ ROWS: tuple[Row, ...] = (
         True,
         own_prompts=True,
         chosen_on=_CHOOSING_SEED_LATER,
+        # On validation data with the specialists of training 43, the files of which were lost.
+        settled="shrink_0.9-lambda_1.25",
     ),
 )
 

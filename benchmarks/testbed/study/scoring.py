@@ -106,6 +106,8 @@ def read_inputs(merged: Path) -> dict[str, Any]:
 
 def chosen_variant(places: Places, row: Row) -> str:
     """The setting that validation data chose, or the only one."""
+    if row.settled is not None:
+        return row.settled
     if len(row.variants) == 1:
         return next(iter(row.variants))
     found: str = json.loads((places.validation(row.name) / CHOICE_FILE).read_text(encoding="utf-8"))["chosen"]

@@ -64,6 +64,7 @@ def test_every_setting_of_a_row_is_a_recipe_and_none_has_more_than_the_others_ma
     made = [recipe_of(places, Path("base"), 42, own, variant, EXACT, 4) for variant in own.variants.values()]
     described = [recipe.model_dump_json() for recipe in made]
     assert len(set(described)) == len(described)
+    assert own.settled is None or own.settled in own.variants
     assert own.probed == any(recipe.needs_probe for recipe in made)
     for recipe in made:
         assert recipe.method.name in METHODS
