@@ -11,7 +11,7 @@ from benchmarks.testbed.study.rows import MATCHING, ROWS
 from benchmarks.testbed.study.scoring import DEVELOPED_ON
 from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import holm
-from benchmarks.testbed.study.table_rows import MERGES, TITLES
+from benchmarks.testbed.study.table_rows import MERGES, TITLES, TRAINED
 from benchmarks.testbed.study.tasks import TASKS
 
 PLAIN_AVERAGE = "uniform"
@@ -60,6 +60,8 @@ def conclusion(found: Found, drawn: Resampled) -> str:
         f"The aim was to be above every merge that is no embedding matching with p < {_LEVEL}: it is above "
         f"{len(rivals) - len(short)} of {len(rivals)}{missed} (Holm-adjusted: above {strictly})."
     )
+    if learnt := [f"{TITLES[name]} {_learnt(differences[name])}" for name in TRAINED if name in differences]:
+        lines.append(f"Against what learns all tasks from labels: {'; '.join(learnt)}.")
     untouched = [seed for seed in SEEDS if seed not in DEVELOPED_ON]
     strict = compare(found, drawn, ours, plain, untouched)
     if strict:
@@ -91,6 +93,10 @@ def _published(found: Found, drawn: Resampled, means: dict[str, float], order: l
         f"{TITLES[AS_PUBLISHED]} comes to {means[AS_PUBLISHED]:.3f}, place {place}, {side} the "
         f"{TITLES[PLAIN_AVERAGE]}: {_told(difference)} (by training {difference.trainings})."
     )
+
+
+def _learnt(difference: Difference) -> str:
+    return f"{_told(difference)} (by training {difference.trainings})"
 
 
 def _by_task(found: Found, ours: str, theirs: str) -> str:

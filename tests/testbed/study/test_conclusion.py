@@ -148,6 +148,9 @@ def test_what_was_trained_further_is_compared_but_is_no_merge(found, drawn):
         values["tuned"] = values["embedding_matching_as_read"]
     told = conclusion(found, drawn).splitlines()
     assert f"place 3 of {len(MERGES)} merges" in told[0]
+    assert told[4].startswith(
+        "- Against what learns all tasks from labels: average + fine-tuning -0.005 [-0.005, -0.005]"
+    )
     # It is one more row that is compared.
     assert f"Holm-adjusted {len(MERGES) * 2 / 501:.3f}" in told[1]
 
