@@ -952,7 +952,7 @@ def chat_template_that_is_no_jinja(inputs):
     inputs.recipe["probe"]["chat_template"] = "{% for %}"
 
 
-@case("base: the base's tokenizer cannot be loaded", "tokenizer")
+@case("base has no tokenizer", "save it there with tokenizer.save_pretrained")
 def base_without_tokenizer(inputs):
     for file in (inputs / "base").glob("*token*"):
         file.unlink()
