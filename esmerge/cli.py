@@ -66,9 +66,9 @@ CardTemplate = Annotated[
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from esmerge import __version__
 
-        print(f"esmerge {version('esmerge')}")
+        print(f"esmerge {__version__}")
         raise typer.Exit
 
 

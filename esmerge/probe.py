@@ -13,7 +13,7 @@ from torch import Tensor
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.modalities.modality import MissingPackageError
-from esmerge.tokenizer import NO_TEMPLATE
+from esmerge.tokenizer import NO_TEMPLATE, without_added_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -276,9 +276,8 @@ def tokenize(
             masks[name] = (starts < stop + offset) & (ends > start + offset) & (ends > starts)
         length = max((int(mask.nonzero().max()) + 1 for mask in masks.values() if mask.any()), default=0)
         if keep_end:
-            # Without an end that the tokenizer adds: an answer would begin there.
-            added = encoded["input_ids"][-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
-            length = len(starts) - added
+            # An answer would begin there.
+            length = len(without_added_end(encoded["input_ids"], text, tokenizer))
         ids = torch.tensor(encoded["input_ids"][:length])
         prompts.append((ids, {name: mask[:length] for name, mask in masks.items()}))
     return prompts

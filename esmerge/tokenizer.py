@@ -40,3 +40,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, what: str) -> "PreTrai
             ) from error
         raise InputError(f"{folder}: the tokenizer of {what} cannot be loaded: {first_line(error)}.") from error
     return loaded
+
+
+def without_added_end(ids: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text without the end that the tokenizer adds, as those of old LoRA adapters do.
+
+    An end that the text itself has stays.
+    """
+    added = bool(ids) and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if added else ids

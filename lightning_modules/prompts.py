@@ -13,7 +13,7 @@ from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
 from esmerge.modalities import TextModality
 from esmerge.modalities.modality import with_encoder
-from esmerge.tokenizer import NO_TEMPLATE
+from esmerge.tokenizer import NO_TEMPLATE, without_added_end
 from esmerge.yaml_files import nearest
 from lightning_modules.samples import Item, Part, Sample
 
@@ -132,16 +132,12 @@ class PromptWriter:
     def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The token ids of prompts, with the beginning that the tokenizer adds unless a chat template has its own.
 
-        An end that a tokenizer adds, as those of old LoRA adapters do, is left out: the answer is to follow.
+        An end that the tokenizer adds is left out: the answer is to follow.
         """
         tokenizer = self.processor.tokenizer
         texts = [prompt.text for prompt in prompts]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=self.chat.template is None)["input_ids"]
-        end, name = tokenizer.eos_token_id, tokenizer.eos_token
-        return [
-            own[:-1] if own and own[-1] == end and not text.endswith(name) else own
-            for own, text in zip(ids, texts, strict=True)
-        ]
+        return [without_added_end(own, text, tokenizer) for own, text in zip(ids, texts, strict=True)]
 
     def _apply_template(self, messages: Sequence[dict[str, str]]) -> str:
         def apply(conversation: Sequence[dict[str, str]]) -> str:

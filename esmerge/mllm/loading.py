@@ -83,9 +83,9 @@ def load_processor(model: str | Path, base: str | Path | None = None, trust_remo
     named = base_of(folder, base)
     if named and not (folder / "tokenizer_config.json").exists():
         source = resolve(named, Path(), "the base", trust_remote_code).folder
+        tokenizer = load_tokenizer(source, trust_remote_code, named)
     else:
-        source = folder
-    tokenizer = load_tokenizer(source, trust_remote_code, named or str(model))
+        tokenizer = load_tokenizer(folder, trust_remote_code, str(model))
     return MllmProcessor(tokenizer, open_modalities(folder))
 
 

@@ -22,8 +22,8 @@ _KNOWING = [row.name for row in ROWS if row.own_prompts]
 def conclusion(found: Found, drawn: Resampled) -> str:
     """As a list: how embedding matching does, against whom, and the paper's procedure.
 
-    Of matching, it tells of what validation data chose among the rows that know no task's question. Test data chooses
-    only whom it is compared with, which is against it.
+    Of matching, it tells of what validation data chose, among the rows that were validated with the same specialists.
+    Test data chooses only whom it is compared with, which is against it.
     """
     ours = best_on_validation(found, MATCHING)
     merges = distinct_merges(found)
@@ -60,7 +60,7 @@ def conclusion(found: Found, drawn: Resampled) -> str:
         f"The aim was to be above every merge that is no embedding matching with p < {_LEVEL}: it is above "
         f"{len(rivals) - len(short)} of {len(rivals)}{missed} (Holm-adjusted: above {strictly})."
     )
-    if learnt := [f"{TITLES[name]} {_learnt(differences[name])}" for name in TRAINED if name in differences]:
+    if learnt := [f"{TITLES[name]} {_told_of_each(differences[name])}" for name in TRAINED if name in differences]:
         lines.append(f"Against what learns all tasks from labels: {'; '.join(learnt)}.")
     untouched = [seed for seed in SEEDS if seed not in DEVELOPED_ON]
     strict = compare(found, drawn, ours, plain, untouched)
@@ -91,12 +91,8 @@ def _published(found: Found, drawn: Resampled, means: dict[str, float], order: l
     )
     return (
         f"{TITLES[AS_PUBLISHED]} comes to {means[AS_PUBLISHED]:.3f}, place {place}, {side} the "
-        f"{TITLES[PLAIN_AVERAGE]}: {_told(difference)} (by training {difference.trainings})."
+        f"{TITLES[PLAIN_AVERAGE]}: {_told_of_each(difference)}."
     )
-
-
-def _learnt(difference: Difference) -> str:
-    return f"{_told(difference)} (by training {difference.trainings})"
 
 
 def _by_task(found: Found, ours: str, theirs: str) -> str:
@@ -128,6 +124,10 @@ def _kept(found: Found, name: str, above_chance: bool = False) -> str:
 
 def _told(difference: Difference) -> str:
     return f"{difference}, p = {difference.p:.3f}"
+
+
+def _told_of_each(difference: Difference) -> str:
+    return f"{_told(difference)} (by training {difference.trainings})"
 
 
 def _trainings(count: int) -> str:

@@ -201,7 +201,7 @@ def _joint(places: Places, base: Path, seed: int) -> list[Job]:
             write_untrained(base, MODALITIES, seed, untrained, RANK * len(MODALITIES))
         _train(places, seed, JOINT, joint_recipe(base, seed, untrained))
 
-    return _trained_further(places, base, seed, JOINT, run, ())
+    return _trained_model(places, base, seed, JOINT, run, ())
 
 
 def _tuned(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) -> list[Job]:
@@ -214,10 +214,10 @@ def _tuned(places: Places, base: Path, seed: int, specialists: tuple[str, ...]) 
                 model.rename(start)
         _train(places, seed, TUNED, tuning_recipe(base, seed, start))
 
-    return _trained_further(places, base, seed, TUNED, run, specialists)
+    return _trained_model(places, base, seed, TUNED, run, specialists)
 
 
-def _trained_further(
+def _trained_model(
     places: Places, base: Path, seed: int, name: str, train: Callable[[], None], specialists: tuple[str, ...]
 ) -> list[Job]:
     return [

@@ -125,7 +125,7 @@ def paired_table(found: Found, drawn: Resampled, reference: str) -> str:
 
 
 def choices_table(found: Found, of: Sequence[Row]) -> str:
-    """Every setting of rows with its score on validation data; the best one in bold, which is what was tested."""
+    """Every setting of rows with its score on validation data; the best one in bold; tested if no other is named."""
     rows = []
     for own in of:
         scores = found.choices.get(own.name)

@@ -20,6 +20,7 @@ from benchmarks.testbed.study.tasks import SHUFFLED, TASKS, VALIDATION
 from esmerge.modalities import TextModality, save_modality
 from esmerge.modalities.registry import MODALITIES_FOLDER
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
+from esmerge.sources import read_json
 
 CHOICE_FILE = "choice.json"
 MERGE_FILE = "merge.json"
@@ -105,12 +106,12 @@ def read_inputs(merged: Path) -> dict[str, Any]:
 
 
 def chosen_variant(places: Places, row: Row) -> str:
-    """The setting that validation data chose, or the only one."""
+    """The setting that was settled before, that validation data chose, or the only one."""
     if row.settled is not None:
         return row.settled
     if len(row.variants) == 1:
         return next(iter(row.variants))
-    found: str = json.loads((places.validation(row.name) / CHOICE_FILE).read_text(encoding="utf-8"))["chosen"]
+    found: str = read_json(places.validation(row.name) / CHOICE_FILE)["chosen"]
     return found
 
 
