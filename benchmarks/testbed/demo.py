@@ -50,7 +50,7 @@ MERGES = [
     DemoMerge(
         "matching",
         "embedding matching",
-        {"name": "embedding_matching", "terms": "as_read"},
+        "embedding_matching",
         "uniform",
         own_prompts=True,
     ),

@@ -161,7 +161,7 @@ def embedding_matching(
     weights: Tensor,
     *,
     tokens: Tokens | None = None,
-    terms: Terms = "equal",
+    terms: Terms = "as_read",
     activations: Activations = "specialist",
     shrink: Shrink = 0.9,
     lambda_: Finite = 1.0,
@@ -169,11 +169,11 @@ def embedding_matching(
 ) -> Tensor:
     """Match each specialist's embeddings of its own modality, linear layer by linear layer.
 
-    The delta that minimises sum_i w_i / tr(X_i^T X_i) |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
+    The delta that minimises sum_i w_i |(D - D_i) X_i^T|^2. X_i are the inputs that the layer has in
     specialist i for the probe, at the positions of i's own modality, and in prompts of its own at those of what follows
     (where there are more than 2,048, at so many of them, evenly spread, which stand for the others; a half of these at
     least are of what follows, if that is long enough). It is RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) with
-    modality masks, and with terms of equal size unless they are wanted as they are.
+    modality masks.
 
     Args:
         weights: one number per specialist.
@@ -181,7 +181,8 @@ def embedding_matching(
             what follows the last item (`own_and_after`), or `all` up to the last item. By default `own` where all
             specialists read the same prompts; `own_and_after` where each reads prompts of its own, which `all` takes
             as a whole.
-        terms: `equal`, as above, or `as_read`, without the traces: a modality with more positions then counts more.
+        terms: `as_read`, as above: a modality with more positions counts more; or `equal`, each divided by the trace of
+            its X_i^T X_i.
         activations: whose layers hand on what the next layer of a specialist reads: the `specialist`'s own, or the
             `merged` ones (RegMean++, Nguyen et al. 2025, arXiv 2508.03121, section 3), before anything is truncated to
             the rank of an adapter.

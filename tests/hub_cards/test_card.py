@@ -153,14 +153,18 @@ def test_coefficients_as_table_and_figures(merge, recipe, esmerge):
 @pytest.mark.parametrize(
     ("method", "coefficients", "parts"),
     [
-        ("embedding_matching", "uniform", ["own do to its own modality.\n", "safetensors`):\n"]),
+        (
+            {"name": "embedding_matching", "terms": "equal"},
+            "uniform",
+            ["own do to its own modality.\n", "safetensors`):\n"],
+        ),
         (
             "regmean",
             "uniform",
             ["to the probe up to its last item.\n", "safetensors`), beside the size of what its layers"],
         ),
         (
-            {"name": "embedding_matching", "tokens": "own_and_after", "terms": "as_read", "lambda": 1.25},
+            {"name": "embedding_matching", "tokens": "own_and_after", "lambda": 1.25},
             {"from": "embedding_signals", "granularity": "layer", "projections": 32},
             [
                 "to its own modality and what follows the last item; the change was then multiplied by 1.25.\n",

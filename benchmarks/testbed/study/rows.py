@@ -155,8 +155,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "embedding_matching",
-        "embedding matching",
-        _summed("embedding_matching", shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
+        "embedding matching, equal terms",
+        _summed("embedding_matching", terms=("equal",), shrink=(0.5, 0.9), **{"lambda": (1.0, 1.25)}),
         True,
     ),
     Row(
@@ -210,8 +210,12 @@ def _doubled(granularity: str, **settings: float | str) -> Variant:
 
 
 def _matching(**parameters: Any) -> Variant:
-    method = {"name": "embedding_matching", "lambda": 1.25, **parameters}
+    method = {"name": "embedding_matching", "terms": "equal", "lambda": 1.25, **parameters}
     return {"method": method, "coefficients": _each(1.0)}
+
+
+def _regmean(**parameters: Any) -> Variant:
+    return {"method": {"name": "regmean", "lambda": 1.25, **parameters}, "coefficients": _each(1.0)}
 
 
 def _matching_own(**parameters: Any) -> Variant:
@@ -261,8 +265,8 @@ VARIATIONS: tuple[Row, ...] = (
         "regmean_activations",
         "RegMean: what layers read comes from",
         {
-            "specialist": _matching(name="regmean"),
-            "merged layers, as in RegMean++": _matching(name="regmean", activations="merged"),
+            "specialist": _regmean(),
+            "merged layers, as in RegMean++": _regmean(activations="merged"),
         },
     ),
     Row(

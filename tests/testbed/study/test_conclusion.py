@@ -90,7 +90,8 @@ def test_what_validation_data_chose_is_told_against_what_test_data_ranks_highest
     assert told[0] == (
         "- **embedding matching, merged layers**, the embedding matching that validation data chose, scores 0.700 on "
         f"the mean of all tasks, over 2 trainings: place 3 of {len(MERGES)} merges. (The other ways to match: "
-        "embedding matching, as read 0.705, embedding matching, own prompts 0.695, embedding matching 0.685.)"
+        "embedding matching, as read 0.705, embedding matching, own prompts 0.695, embedding matching, equal terms "
+        "0.685.)"
     )
     assert told[1].startswith(
         "- Of other merges that know none of the tasks' questions, the best is TSV-M, 0.605: +0.095 [+0.095, +0.095]"
