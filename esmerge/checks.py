@@ -20,6 +20,7 @@ from esmerge.remote_code import needs_remote_code
 from esmerge.sources import Source
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, SpecialistEncoder
 from esmerge.specialists.full import INPUT_EMBEDDINGS
+from esmerge.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from esmerge.plan import Plan
@@ -162,11 +163,14 @@ def check_distances(plan: "Plan") -> None:
 
 def check_encoders(plan: "Plan") -> None:
     """Encoders must have a placeholder each, be complete, and make soft tokens as wide as the base's embeddings."""
-    if plan.is_multimodal and plan.recipe.output.format == "full" and needs_remote_code(plan.base.config()):
-        raise InputError(
-            f"the base {plan.base.reference} needs code of its own, which a multimodal checkpoint cannot hold: use "
-            "output.format: adapter."
-        )
+    if plan.is_multimodal and plan.recipe.output.format == "full":
+        if needs_remote_code(plan.base.config()):
+            raise InputError(
+                f"the base {plan.base.reference} needs code of its own, which a multimodal checkpoint cannot hold: use "
+                "output.format: adapter."
+            )
+        # The result's processor holds it; better no merge than one that ends without.
+        load_tokenizer(plan.base.folder, plan.trust_remote_code, plan.base.reference)
     owners: dict[str, str] = {}
     embeddings = next((target for target in plan.targets if target.name in INPUT_EMBEDDINGS), None)
     for specialist in plan.specialists:

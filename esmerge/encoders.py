@@ -15,6 +15,7 @@ from esmerge.results import write_json
 from esmerge.scores import row_blocks
 from esmerge.sources import content_hash
 from esmerge.specialists import SpecialistEncoder
+from esmerge.tokenizer import load_tokenizer
 
 # Where a multimodal checkpoint has its parts.
 LLM_PREFIX = "language_model."
@@ -81,13 +82,13 @@ def copy_encoders(plan: Plan, writer: CheckpointWriter) -> int:
 
 def write_mllm_files(plan: Plan, folder: Path) -> None:
     """Turn the files of an LLM that are in `folder` already, its config and tokenizer, into a multimodal model's."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
     from esmerge.mllm.loading import mllm_config
 
     modalities = {name: encoder.modality for name, encoder in encoders_of(plan).items()}
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code)
+    tokenizer = load_tokenizer(folder, plan.trust_remote_code, plan.base.reference)
     processor = MllmProcessor(tokenizer, modalities)
     processor.save_pretrained(folder)
     config = mllm_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), processor).to_dict()

@@ -95,6 +95,14 @@ def letter_that_is_no_amino_acid(inputs):
     inputs.item("protein", 5, "MKJ")
 
 
+@case("base has no tokenizer", "tokenizer.save_pretrained")
+def base_without_a_tokenizer(inputs):
+    for file in (inputs / "base").glob("tokenizer*"):
+        file.unlink()
+    del inputs.recipe["probe"]
+    inputs.recipe |= {"coefficients": "uniform", "output": {"format": "full"}}
+
+
 @case("cell.txt, line 1", "<cell> is empty (', ,')", command="compare")
 def empty_gene_list(inputs):
     inputs.item("cell", 1, ", ,")

@@ -302,7 +302,7 @@ class TestFull:
 
 
 class TestRecord:
-    def test_tells_what_went_in(self, llama, recipe, merge):
+    def test_tells_what_went_in(self, llama, recipe, merge, esmerge):
         record = yaml.safe_load((merge(recipe) / "esmerge.yaml").read_text())
         inputs = record["inputs"]
         assert inputs.keys() == {"base", "specialists", "probe"}
@@ -311,6 +311,7 @@ class TestRecord:
         assert len(set(hashes)) == 7
         assert all(value.startswith("xxh3:") for value in hashes)
         assert record["versions"].keys() >= {"esmerge", "python", "torch", "transformers"}
+        assert esmerge("--version")[1] == f"esmerge {record['versions']['esmerge']}\n"
         assert record["tensors"] == {"merged": 7 * 3, "copied": 0, "own rows": 0, "encoders": 0}
         resolved = record["recipe"]
         assert resolved["seed"] == 42
