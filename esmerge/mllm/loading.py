@@ -1,5 +1,6 @@
 """A merged model from its folder in one call, whatever it consists of."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from esmerge.errors import InputError
+from esmerge.checkpoint import Checkpoint
+from esmerge.errors import InputError, first_line, some_of
 from esmerge.mllm.configuration_mllm import MllmConfig
 from esmerge.mllm.modeling_mllm import MllmForConditionalGeneration
 from esmerge.mllm.processing_mllm import MllmProcessor, open_modalities
@@ -18,6 +20,8 @@ from esmerge.modalities.registry import MODALITIES_FOLDER, load_encoder, modalit
 from esmerge.remote_code import check_remote_code
 from esmerge.sources import is_on_hub, read_json, resolve
 from esmerge.tokenizer import load_tokenizer
+
+_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 def load_model(
@@ -46,9 +50,9 @@ def load_model(
     config = read_json(folder / "config.json")
     check_remote_code(config, trust_remote_code, f"the model {model}")
     if config.get("model_type") == MllmConfig.model_type:
-        loaded = MllmForConditionalGeneration.from_pretrained(folder, **options)
+        loaded = _whole(MllmForConditionalGeneration, folder, options)
         return loaded.eval(), MllmProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    llm = AutoModelForCausalLM.from_pretrained(folder, **options)
+    llm = _whole(AutoModelForCausalLM, folder, options)
     processor = load_processor(folder, trust_remote_code=trust_remote_code)
     return assemble(llm, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
@@ -89,18 +93,43 @@ def load_processor(model: str | Path, base: str | Path | None = None, trust_remo
     return MllmProcessor(tokenizer, open_modalities(folder))
 
 
+def _whole(kind: Any, folder: Path, options: Mapping[str, Any]) -> Any:
+    """A model of transformers with every tensor from its files, where `from_pretrained` makes up what is missing."""
+    try:
+        model, loaded = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}.") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"{folder} has no {some_of(missing)}, so the model would run on random numbers: save the whole model there."
+        )
+    return model
+
+
 def _load_adapter(
     folder: Path, base: str, options: Mapping[str, Any]
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise InputError(
+            f"the adapter {folder} puts virtual tokens before prompts ({config.peft_type.value}): "
+            "take one that changes weights, as LoRA does."
+        )
     trusted = options["trust_remote_code"]
     source = resolve(base, Path(), "the base", trusted).folder
     check_remote_code(read_json(source / "config.json"), trusted, f"the base {base}")
-    llm = AutoModelForCausalLM.from_pretrained(source, **options)
+    llm = _whole(AutoModelForCausalLM, source, options)
+    _grow_vocabulary(llm, folder)
     # In the base's dtype: PEFT's default of float32 casts every activation to and fro.
     try:
         adapted: Any = PeftModel.from_pretrained(llm, folder, autocast_adapter_dtype=False)
+        # Once more for what `from_pretrained` does not give back: which tensors had no place.
+        mapping = getattr(llm, "_checkpoint_conversion_mapping", {})
+        fit = adapted.load_adapter(folder, adapted.active_adapter, autocast_adapter_dtype=False, key_mapping=mapping)
     except (RuntimeError, ValueError) as error:
         # PEFT's ways to say that shapes, or names of modules, are others.
         if not any(said in str(error) for said in ("size mismatch", "not found in the base model")):
@@ -109,8 +138,32 @@ def _load_adapter(
             f"the adapter {folder} does not fit the base {base}, whose tensors have other names or shapes: give the "
             "base that it was trained on."
         ) from error
+    missing = sorted(name.replace(f".{adapted.active_adapter}.", ".") for name in fit.missing_keys)
+    # PEFT may store a module that it saves whole twice, and the one before it.
+    if unknown := sorted(name for name in fit.unexpected_keys if not _TWICE.search(name)):
+        example = f", as in {missing[0]}" if missing else ""
+        raise InputError(
+            f"the adapter {folder} has {some_of(unknown)}, for which the base {base} has no place: give its tensors "
+            f"the names that PEFT has for this base{example}."
+        )
+    if missing:
+        raise InputError(f"the adapter {folder} has no {some_of(missing)}, which its config promises: save it whole.")
     processor = load_processor(folder, base, trusted)
     return assemble(adapted, processor, _load_encoders(folder, processor, llm)).eval(), processor
+
+
+def _grow_vocabulary(llm: PreTrainedModel, folder: Path) -> None:
+    """Give a base the rows of embeddings that an adapter which stores them whole has more than it."""
+    if not (folder / "adapter_model.safetensors").exists():
+        return
+    both = (llm.get_input_embeddings(), llm.get_output_embeddings())
+    modules = [name for name, module in llm.named_modules() if any(module is own for own in both)]
+    own = Checkpoint.open(folder, "adapter_model")
+    parts = ("", "base_layer.", "modules_to_save.")
+    stored = (f"base_model.model.{name}.{part}weight" for name in modules for part in parts)
+    rows = max((own.info(name).shape[0] for name in stored if name in own), default=0)
+    if rows > both[0].weight.shape[0]:
+        llm.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _load_encoders(folder: Path, processor: MllmProcessor, llm: PreTrainedModel) -> dict[str, Encoder]:

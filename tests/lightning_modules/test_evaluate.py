@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules.samples import load_samples
@@ -332,3 +333,24 @@ def test_several_tasks_and_an_adapter(esmerge, llama, write_task, results_of, tm
     base = results_of(tmp_path / "base-results")
     assert base[0]["model"]["hash"] == first["model"]["base"]["hash"]
     assert base[1] != results_of(adapter)[1]
+
+
+@pytest.mark.parametrize("whole", [["embed_tokens", "lm_head"], None])
+def test_an_adapter_that_trained_new_tokens(esmerge, llama, write_task, results_of, tmp_path, whole):
+    """On a base that does not have them, as PEFT loads it."""
+    tokenizer = AutoTokenizer.from_pretrained(llama / "base")
+    tokenizer.add_tokens(["[MOL]", "[/MOL]"])
+    model = AutoModelForCausalLM.from_pretrained(llama / "base")
+    model.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=whole)
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, config).save_pretrained(adapter, save_embedding_layers=True)
+    tokenizer.save_pretrained(adapter)
+    file = write_task(3)
+    code, _, err = esmerge("evaluate", adapter, "--task", file, "--quiet")
+    assert code == 0, err
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    task, samples = load_task(str(file)), load_samples(load_task(str(file)))
+    for record, sample in zip(results_of(adapter)[1], samples, strict=False):
+        expected = plain_scores(loaded, tokenizer, task, sample)
+        assert list(record["log_likelihoods"].values()) == pytest.approx(expected, abs=1e-5)

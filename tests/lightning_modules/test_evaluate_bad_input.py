@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -70,6 +71,54 @@ def test_a_base_that_the_adapter_was_not_trained_on(esmerge, llama, write_task, 
     model.save_pretrained(other)
     said = fails(esmerge, adapter, "--base", other, "--task", write_task(5))
     assert f"the adapter {adapter} does not fit the base {other}" in said
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_model_without_one_of_its_tensors(esmerge, text_model, write_task, lost):
+    weights = load_file(text_model / "model.safetensors")
+    del weights[lost]
+    save_file(weights, text_model / "model.safetensors", metadata={"format": "pt"})
+    assert f"{text_model} has no {lost}" in fails(esmerge, text_model, "--task", write_task(5))
+
+
+@pytest.mark.parametrize("change", [{"model_type": "brand_new"}, {"model_type": "t5"}, {"hidden_size": 64}])
+def test_what_transformers_cannot_load(esmerge, text_model, write_task, change):
+    config = json.loads((text_model / "config.json").read_text())
+    (text_model / "config.json").write_text(json.dumps(config | change))
+    assert str(text_model) in fails(esmerge, text_model, "--task", write_task(5))
+
+
+@pytest.mark.parametrize("spoilt", ["renamed", "in part"])
+def test_an_adapter_whose_tensors_have_no_place(esmerge, llama, write_task, tmp_path, spoilt):
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    if spoilt == "renamed":
+        weights = {name.replace(".layers.", ".language_model.layers."): own for name, own in weights.items()}
+    else:
+        weights = {name: own for name, own in weights.items() if "layers.1." not in name}
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = fails(esmerge, adapter, "--base", llama / "base", "--task", write_task(5))
+    place = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    if spoilt == "renamed":
+        assert "has base_model.model.model.language_model.layers.0" in said
+        assert f"as in {place.replace('layers.1', 'layers.0')}" in said
+    else:
+        assert f"the adapter {adapter} has no {place}, " in said
+
+
+def test_an_adapter_that_is_none_of_weights(esmerge, llama, write_task, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(llama / "base")
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(
+        tmp_path / "a"
+    )
+    shutil.copytree(
+        llama / "base",
+        tmp_path / "a",
+        ignore=lambda _, names: [n for n in names if "token" not in n],
+        dirs_exist_ok=True,
+    )
+    said = fails(esmerge, tmp_path / "a", "--base", llama / "base", "--task", write_task(5))
+    assert "virtual tokens before prompts (PROMPT_TUNING)" in said
 
 
 def test_no_model(esmerge, text_model, llama, write_task, tmp_path):
