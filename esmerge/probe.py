@@ -13,7 +13,7 @@ from torch import Tensor
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError
 from esmerge.modalities.modality import MissingPackageError
-from esmerge.tokenizer import NO_TEMPLATE, without_added_end
+from esmerge.tokenizer import NO_TEMPLATE, apply_chat_template, without_added_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,12 +293,7 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", content: str, chat_template:
     if chat_template == NO_TEMPLATE:
         return content
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        return apply_chat_template(tokenizer, [{"role": "user", "content": content}], chat_template)
     except TemplateError as error:
         where = "probe.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
         raise InputError(f"{where} cannot be used as a Jinja template: {error}") from error

@@ -1,5 +1,8 @@
 """A model's tokenizer from its folder, with errors of one sentence."""
 
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_TEMPLATE = "none"  # in place of a chat template: prompts as they are, with the beginning that a tokenizer adds
+
+# What templates call for today's date, and the one that they tell: that of Llama's where there is no clock.
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TOLD_DATE = date(2024, 7, 26)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool, what: str) -> "PreTrainedTokenizerBase":
@@ -40,6 +47,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, what: str) -> "PreTrai
             ) from error
         raise InputError(f"{folder}: the tokenizer of {what} cannot be loaded: {first_line(error)}.") from error
     return loaded
+
+
+def apply_chat_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], template: str | None
+) -> str:
+    """The text of a conversation up to where the assistant's turn begins, the same on every day.
+
+    Args:
+        template: in place of the tokenizer's own.
+
+    Raises:
+        jinja2.TemplateError: and whatever else a template raises.
+    """
+    return str(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=_NOW.sub(
+                lambda call: repr(_TOLD_DATE.strftime(call[2])), tokenizer.get_chat_template(template)
+            ),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    )
 
 
 def without_added_end(ids: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.mllm import MllmForConditionalGeneration, MllmProcessor
-from esmerge.mllm.loading import load_model, load_processor
+from esmerge.mllm.loading import base_of, load_model, load_processor
 from esmerge.sources import Source, content_hash, resolve
 from lightning_modules.evaluation import Evaluation, Normalisation, ScoreKind, divisors
 from lightning_modules.evaluation_data import EvaluatedTask, EvaluationData
@@ -32,7 +32,7 @@ from lightning_modules.evaluation_results import (
     write_results,
 )
 from lightning_modules.metrics import OF_ALL, scores_with_intervals
-from lightning_modules.prompts import ChatFormat, PromptWriter, content_digest, hash_lines, tokenize_choices
+from lightning_modules.prompts import ChatFormat, PromptWriter, check_choices, content_digest, hash_lines
 from lightning_modules.running import Devices, make_loggers, progress_callbacks, quiet_lightning
 from lightning_modules.sample_log import Record, UnfinishedRun, log_file, read_log
 from lightning_modules.samples import Item, Sample, load_samples
@@ -93,17 +93,21 @@ def evaluate(
     Raises:
         InputError: for anything that the user can put right; before the model is loaded, as far as can be.
     """
+    # Whoever pushes to the Hub meanwhile changes nothing: all is taken from the commits that are found here.
     source = resolve(model, Path(), "the model", settings.trust_remote_code)
+    named = base_of(source.folder, settings.base)
+    base = None if named is None else resolve(named, Path(), "the base", settings.trust_remote_code)
+    pinned = (source.pinned, None if base is None else base.pinned)
     folder = _output_folder(source, output)
     loaded = [load_task(name) for name in tasks]
     check_names(loaded, "--task")
-    processor = load_processor(model, settings.base, settings.trust_remote_code)
+    processor = load_processor(*pinned, settings.trust_remote_code)
     writer = PromptWriter(processor, ChatFormat.of(processor, settings.chat_template), settings.as_text)
     writer.check_as_text(loaded, "--as-text")
     prepared = [_prepare(task, processor, writer, settings, folder) for task in loaded]
     settings.devices.check(min(len(task.samples) for task in prepared))
     first = rank_zero_only.rank == 0
-    identity = describe_model(source, settings.base) if first or settings.resume else {}
+    identity = describe_model(source, base) if first or settings.resume else {}
     runs = {task.task.name: _run_of(task, writer, settings, identity) for task in prepared}
 
     results = {task.task.name: _finished(task, runs, settings, folder) for task in prepared}
@@ -115,7 +119,7 @@ def evaluate(
                 logs.enter_context(task.log)
                 if first:
                     task.log.begin(runs[task.task.name], settings.resume)
-            module = _answer(pending, partial(_load, model, settings), settings, trainer)
+            module = _answer(pending, partial(_load, *pinned, settings), settings, trainer)
             if not trainer.is_global_zero:
                 return {}
             for task in pending:
@@ -154,12 +158,9 @@ def _prepare(
     writer.check_modalities(task.name, samples)
     by_likelihood = settings.score == "likelihood"
     tokenizer = processor.tokenizer
-    choices = tokenize_choices(
-        task.choices,
-        [writer.answer(choice, task.answer_prefix) for choice in task.choices],
-        tokenizer,
-        compare_sums=by_likelihood and settings.normalise == "none",
-    )
+    asked = writer.write(samples[0], task.answer_prefix)
+    choices = writer.tokenize_answers(task.choices, task.answer_prefix, asked.text)
+    check_choices(task.choices, choices, compare_sums=by_likelihood and settings.normalise == "none")
     prompts = [writer.write(sample, task.answer_prefix if by_likelihood else "") for sample in samples]
     return EvaluatedTask(
         task=task,
@@ -217,9 +218,9 @@ def _finished(
     return found
 
 
-def _load(model: str, settings: EvaluationSettings) -> MllmForConditionalGeneration:
+def _load(model: str, base: str | None, settings: EvaluationSettings) -> MllmForConditionalGeneration:
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return load_model(model, settings.base, dtype, trust_remote_code=settings.trust_remote_code)[0]
+    return load_model(model, base, dtype, trust_remote_code=settings.trust_remote_code)[0]
 
 
 def _trainer(tasks: Sequence[EvaluatedTask], settings: EvaluationSettings, folder: Path) -> Trainer:

@@ -20,7 +20,7 @@ from lightning_modules.likelihood import AnswerScorer
 from lightning_modules.memory import bytes_per_row, first_batch_size, is_out_of_memory, release_memory
 from lightning_modules.sample_log import Record
 from lightning_modules.sharding import shard_llm
-from lightning_modules.shared_prefix import pad_left
+from lightning_modules.shared_prefix import has_free_positions, pad_left
 from lightning_modules.soft_tokens import WithSoftIds, soft_ids, soft_token_table
 
 logger = logging.getLogger(__name__)
@@ -246,17 +246,22 @@ class Evaluation(LightningModule):
         ]
 
     def _generate(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+        if len(samples) > 1 and not has_free_positions(self.llm):
+            return [record for sample in samples for record in self._generate(task, [sample])]
         prompts, reader = self._read(task, samples)
         ids, mask = (tensor.to(self.device) for tensor in pad_left(prompts))
-        # Of embeddings, transformers gives back the new tokens alone.
+        # Of embeddings, transformers gives back the new tokens alone; not all models take them.
+        has_items = any(task.items[index] for index in samples)
+        read = {"inputs_embeds": reader.embed(ids)} if has_items else {"input_ids": ids}
         made = self.llm.generate(
-            inputs_embeds=reader.embed(ids),
+            **read,
             attention_mask=mask,
             generation_config=self._greedily(task),
             logits_processor=LogitsProcessorList([_Numbers(partial(self._check_numbers, task, samples))]),
             synced_gpus=self.sharded,
         )
-        texts = task.tokenizer.batch_decode(made, skip_special_tokens=True)
+        new = made if has_items else made[:, ids.shape[1] :]
+        texts = task.tokenizer.batch_decode(new, skip_special_tokens=True)
         records = []
         for index, text in zip(samples, texts, strict=True):
             found = task.task.parse(text)

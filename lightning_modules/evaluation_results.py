@@ -16,11 +16,10 @@ import yaml
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.hub import is_commit, split_reference
-from esmerge.mllm.loading import base_of
 from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM
 from esmerge.remote_code import code_files
 from esmerge.results import RECORD_FILE, versions, write_whole
-from esmerge.sources import Source, checkpoint_hash, content_hash, read_json, resolve
+from esmerge.sources import Source, checkpoint_hash, content_hash, read_json
 from lightning_modules.metrics import UNREADABLE, Outcomes, Score
 from lightning_modules.prompts import content_digest
 from lightning_modules.sample_log import Record
@@ -45,7 +44,7 @@ def describe_task(task: Task) -> dict[str, Any]:
     return {name: fields[name] for name in (*_TASK_FIELDS, "baselines")}
 
 
-def describe_model(source: Source, base: str | None) -> dict[str, Any]:
+def describe_model(source: Source, base: Source | None) -> dict[str, Any]:
     """Name, commit and content hash of a model; of an adapter, its base's too. No path of this machine."""
     found: dict[str, Any] = {"name": source.folder.resolve().name}
     if source.commit is not None:
@@ -53,8 +52,8 @@ def describe_model(source: Source, base: str | None) -> dict[str, Any]:
     found["hash"] = model_hash(source.folder)
     if code := code_files(source.folder):
         found["code"] = content_digest([content_hash(file) for file in code])
-    if named := base_of(source.folder, base):
-        found["base"] = describe_model(resolve(named, Path(), "the base"), None)
+    if base is not None:
+        found["base"] = describe_model(base, None)
     return found
 
 

@@ -102,7 +102,7 @@ def finetune(
     devices.check(min(len(examples) for examples in (data.training, data.validation) if examples))
     work = UnfinishedFolder(output.parent / f".{output.name}.finetuning", f"the training of {output}")
     trainer = _trainer(recipe, data, devices, work.folder, progress)
-    identity = describe_model(source, _reference(base)) if rank_zero_only.rank == 0 else {}
+    identity = describe_model(source, base) if rank_zero_only.rank == 0 else {}
     with work:
         if rank_zero_only.rank == 0:
             work.begin(_run_of(recipe, data, identity, devices), resume)
@@ -184,11 +184,8 @@ def _examples(
     prompts = [writer.write(sample, task.answer_prefix) for sample in samples]
     ids = writer.tokenize(prompts)
     answers = [
-        [
-            *tokenizer(writer.answer(choice, task.answer_prefix), add_special_tokens=False)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        for choice in task.choices
+        [*answer, tokenizer.eos_token_id]
+        for answer in writer.tokenize_answers(task.choices, task.answer_prefix, prompts[0].text)
     ]
     return [
         TokenizedExample(prompt_ids, answers[sample.answer], prompt.items)

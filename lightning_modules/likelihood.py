@@ -1,7 +1,8 @@
 """Scores the possible answers to a prompt by their log-likelihood under a causal language model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from lightning_modules.shared_prefix import (
     prefix_cache,
     split_prefix,
 )
+
+# Of the output embeddings, that are in float32 at a time.
+_VOCABULARY_ROWS = 1 << 13
 
 
 @torch.inference_mode()
@@ -83,11 +87,12 @@ class AnswerScorer:
             reader: takes the prompts' ids in the model's place, where there are soft tokens among them.
         """
         reader = self.model if reader is None else reader
-        if not self.can_branch:
-            scores = [_score_answer(reader, prompts, answer, self.device) for answer in self.answers]
-            return torch.stack(scores, dim=1)
-        batch = split_prefix(prompts, len(self.beginning)).to(self.device)
-        return _score_branches(reader, batch, self.branches, self._beginning_for(batch))
+        with _logits_in_float32(self.model):
+            if not self.can_branch:
+                scores = [_score_answer(reader, prompts, answer, self.device) for answer in self.answers]
+                return torch.stack(scores, dim=1)
+            batch = split_prefix(prompts, len(self.beginning)).to(self.device)
+            return _score_branches(reader, batch, self.branches, self._beginning_for(batch))
 
     def _beginning_for(self, batch: SharedPrefixBatch) -> Cache | None:
         if self._cache is None:
@@ -97,6 +102,26 @@ class AnswerScorer:
         if cache is not None:
             cache.batch_repeat_interleave(len(batch.input_ids))
         return cache
+
+
+@contextmanager
+def _logits_in_float32(model: CausalLM) -> Iterator[None]:
+    """Leave logits as exact as they are computed: rounded to bfloat16, many answers would be equally likely."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32 or "forward" in vars(head):
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden = hidden.float()
+        logits = torch.cat([hidden @ rows.float().T for rows in head.weight.split(_VOCABULARY_ROWS)], dim=-1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 class AnswerBranches:

@@ -44,9 +44,9 @@ def bytes_per_row(config: Any, itemsize: int, length: int, logits: int) -> int:
         length: tokens of the row.
         logits: positions whose logits are computed.
     """
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)  # none where all layers are recurrent
     kept = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     cache = 2 * config.num_hidden_layers * kept * head_size * itemsize
     # One layer's activations at a time, and its attention weights with the mask.
     layer = (

@@ -13,7 +13,7 @@ from esmerge.errors import InputError
 from esmerge.mllm import MllmProcessor
 from esmerge.modalities import TextModality
 from esmerge.modalities.modality import with_encoder
-from esmerge.tokenizer import NO_TEMPLATE, without_added_end
+from esmerge.tokenizer import NO_TEMPLATE, apply_chat_template, without_added_end
 from esmerge.yaml_files import nearest
 from lightning_modules.samples import Item, Part, Sample
 
@@ -139,16 +139,22 @@ class PromptWriter:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=self.chat.template is None)["input_ids"]
         return [without_added_end(own, text, tokenizer) for own, text in zip(ids, texts, strict=True)]
 
-    def _apply_template(self, messages: Sequence[dict[str, str]]) -> str:
-        def apply(conversation: Sequence[dict[str, str]]) -> str:
-            return str(
-                self.processor.tokenizer.apply_chat_template(
-                    conversation, chat_template=self.chat.template, add_generation_prompt=True, tokenize=False
-                )
-            )
+    def tokenize_answers(self, choices: Sequence[str], answer_prefix: str, prompt: str) -> list[list[int]]:
+        """The token ids of choices as they go on from a prompt's text, which tells a tokenizer that no text begins."""
 
+        def ids(text: str) -> list[int]:
+            return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        before, found = ids(prompt), []
+        for answer in (self.answer(choice, answer_prefix) for choice in choices):
+            whole = ids(prompt + answer)
+            # A tokenizer may also join the end of one and the beginning of the other.
+            found.append(whole[len(before) :] if whole[: len(before)] == before else ids(answer))
+        return found
+
+    def _apply_template(self, messages: Sequence[dict[str, str]]) -> str:
         try:
-            return apply(messages)
+            return apply_chat_template(self.processor.tokenizer, messages, self.chat.template)
         except Exception as error:  # whatever a template raises: Jinja's errors and Python's
             if messages[0]["role"] == "system":
                 # Some templates refuse a system turn; the model then reads it before the question, as is usual.
@@ -177,21 +183,14 @@ class PromptWriter:
         return text
 
 
-def tokenize_choices(
-    choices: Sequence[str], continuations: Sequence[str], tokenizer: Any, compare_sums: bool
-) -> list[list[int]]:
-    """The token ids of each choice.
+def check_choices(choices: Sequence[str], ids: Sequence[Sequence[int]], compare_sums: bool) -> None:
+    """Raise `InputError` if likelihoods cannot tell two choices apart.
 
     Args:
         choices: as the task names them.
-        continuations: as they go on from a prompt.
-        tokenizer: of the model.
+        ids: the tokens of each.
         compare_sums: whether the choices' likelihoods are compared as they are, without regard to their lengths.
-
-    Raises:
-        InputError: if likelihoods cannot tell two of them apart.
     """
-    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in continuations]
     for (first, a), (second, b) in combinations(zip(choices, ids, strict=True), 2):
         if a == b:
             raise InputError(
@@ -206,7 +205,6 @@ def tokenize_choices(
     for choice, tokens in zip(choices, ids, strict=True):
         if not tokens:
             raise InputError(f"the choice {choice!r} has no tokens: reword it.")
-    return ids
 
 
 def content_digest(content: Any) -> str:

@@ -150,5 +150,5 @@ def last_positions(count: int, device: torch.device) -> Tensor:
 def attention_span(model: CausalLM) -> float:
     """How many positions back every layer can see; a window counts the padding inside a row as well."""
     config = model.config.get_text_config()
-    spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
     return min((span for span in spans if span), default=float("inf"))

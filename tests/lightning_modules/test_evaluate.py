@@ -6,10 +6,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_modules import evaluate
 from lightning_modules.samples import load_samples
 from lightning_modules.tasks import load_task
 
@@ -115,6 +118,37 @@ def test_scores_do_not_depend_on_the_batch_size(esmerge, text_model, write_task,
             assert list(record["log_likelihoods"].values()) == pytest.approx(
                 list(other["log_likelihoods"].values()), abs=1e-5
             )
+
+
+@pytest.mark.parametrize("score", ["likelihood", "generate"])
+@pytest.mark.parametrize("kind", ["MambaConfig", "RwkvConfig"])
+def test_recurrent_models_are_not_padded(esmerge, text_model, make_base, write_task, results_of, tmp_path, kind, score):
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    config = getattr(transformers, kind)(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)
+    tokenizer.save_pretrained(make_base(config, tmp_path / "model-of-its-own"))
+    logs = []
+    for size in (1, 4, "auto"):
+        place = tmp_path / f"{size}"
+        code, _, err = esmerge(
+            "evaluate",
+            tmp_path / "model-of-its-own",
+            "--task",
+            write_task(9),
+            "--quiet",
+            "--score",
+            score,
+            "--batch-size",
+            size,
+            "-o",
+            place,
+        )
+        assert code == 0, err
+        logs.append(results_of(place)[1])
+    for log in logs[1:]:
+        for record, other in zip(logs[0], log, strict=True):
+            assert record.get("generated") == other.get("generated")
+            found, expected = (list(own.get("log_likelihoods", {}).values()) for own in (record, other))
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_normalised_by_length(esmerge, text_model, write_task, results_of, tmp_path):
@@ -354,3 +388,46 @@ def test_an_adapter_that_trained_new_tokens(esmerge, llama, write_task, results_
     for record, sample in zip(results_of(adapter)[1], samples, strict=False):
         expected = plain_scores(loaded, tokenizer, task, sample)
         assert list(record["log_likelihoods"].values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_push_while_it_runs_changes_nothing(
+    esmerge, connected, on_hub, llama, write_task, results_of, tmp_path, monkeypatch
+):
+    """All is read from the commit that the results name."""
+    commit = on_hub(llama / "base", "lab/base")
+    other = shutil.copytree(llama / "base", tmp_path / "other")
+    weights = {name: 1.5 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    prepare = evaluate._prepare
+
+    def push(*arguments):
+        on_hub(other, "lab/base")
+        return prepare(*arguments)
+
+    found = []
+    for place in ("before", "pushed"):
+        code, _, err = esmerge("evaluate", "lab/base", "--task", write_task(5), "--quiet", "-o", tmp_path / place)
+        assert code == 0, err
+        found.append(results_of(tmp_path / place))
+        monkeypatch.setattr(evaluate, "_prepare", push)
+    assert found[0][1] == found[1][1]
+    assert [results["model"]["commit"] for results, _ in found] == [commit, commit]
+
+
+def test_code_of_a_base_on_the_hub_is_no_reason_to_begin_anew(
+    esmerge, connected, on_hub, llama, write_task, results_of, tmp_path
+):
+    base = shutil.copytree(llama / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (base / "own.py").write_text("from transformers import LlamaConfig as OwnConfig\n")
+    on_hub(base, "lab/base")
+    adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    arguments = ("evaluate", adapter, "--base", "lab/base", "--task", write_task(5), "--quiet", "--trust-remote-code")
+    files = []
+    for more in ((), ("--resume",)):
+        code, _, err = esmerge(*arguments, *more)
+        assert code == 0, err
+        files.append((adapter / "results" / "toy.jsonl").stat().st_ino)
+    assert results_of(adapter)[0]["run"]["code"][1] is not None
+    assert files[0] == files[1]

@@ -31,6 +31,7 @@ MODELS = {
             "shared_expert_intermediate_size": 16,
         },
     ),
+    "gpt_neo": ("GPTNeoConfig", {"window_size": 6, "attention_types": [[["local", "global", "local"], 1]]}),
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
     "mamba": ("MambaConfig", {}),
 }
@@ -60,8 +61,8 @@ def test_equals_one_at_a_time(tiny_settings, name, attention, common):
     config_class, settings = MODELS[name]
     config = getattr(transformers, config_class)(**tiny_settings, **settings)
     torch.manual_seed(0)
-    if name in ("bloom", "mamba"):
-        attention = None  # they have but one
+    if name in ("bloom", "mamba", "gpt_neo"):
+        attention = None  # the only one that they have
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     prompts = make_prompts(common)
     scores = answer_log_likelihoods(model, prompts, ANSWERS, batch_size=4)
@@ -103,6 +104,22 @@ def test_neither_other_answers_nor_their_order_matter(tiny_llama):
 def test_probabilities_of_all_tokens_add_up_to_one(tiny_llama):
     scores = answer_log_likelihoods(tiny_llama, make_prompts(common=2), [[token] for token in range(64)])
     torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(len(scores)))
+
+
+@pytest.mark.parametrize("common", [0, 5])
+def test_answers_do_not_tie_because_logits_are_rounded(tiny_llama, common):
+    """In bfloat16, answers are told apart as exactly as what the head reads tells them apart."""
+    model, prompts, answers = tiny_llama.to(torch.bfloat16), make_prompts(common), [[token] for token in range(64)]
+    scores = answer_log_likelihoods(model, prompts, answers, batch_size=len(prompts))
+    head = model.lm_head.weight.float()
+    with torch.no_grad():
+        read = [model.model(torch.tensor([prompt])).last_hidden_state[0, -1].float() for prompt in prompts]
+    expected = torch.stack([(head @ x).log_softmax(dim=-1) for x in read])
+    rounded = torch.stack([(head @ x).bfloat16().float().log_softmax(dim=-1) for x in read])
+    assert all(len(row.unique()) == 64 for row in scores) and not all(len(row.unique()) == 64 for row in rounded)
+    # What it reads is itself rounded, elsewhere in a batch than alone.
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.1)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_an_empty_answer_is_refused(tiny_llama):

@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+from transformers import LlamaTokenizer
 
 from esmerge.mllm import MllmProcessor
 from esmerge.modalities import modality_from_settings
@@ -23,6 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+WORDS = ["Yes", "Ye", "No", "No?", "o?", "No:", "o:"]
 QUESTION = "Molecule: CCO\nSoluble?"
 
 
@@ -64,6 +66,31 @@ def test_where_an_answer_begins(writer, template, prefix, expected):
     written = writer(template)
     whole = written.write(SAMPLE, prefix).text + written.answer("Yes", prefix)
     assert whole.endswith(f"{prefix}Yes" if prefix else expected)
+
+
+def test_answers_are_the_tokens_that_follow_in_the_whole_text():
+    """A SentencePiece tokenizer begins a text with a blank of its own, which no assistant's turn begins with."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *dict.fromkeys("".join(WORDS)), *WORDS, *(f"▁{word}" for word in WORDS)]
+    merges = [
+        (left, right)
+        for whole in pieces
+        for place in range(1, len(whole))
+        if (left := whole[:place]) in pieces and (right := whole[place:]) in pieces
+    ]
+    tokenizer = LlamaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[user]", "[assistant]"]})
+    for template, prefix, expected in ((TEMPLATE, "", "Yes"), (None, "", "▁Yes"), (TEMPLATE, "No: ", "▁Yes")):
+        writer = PromptWriter(MllmProcessor(tokenizer), ChatFormat(template))
+        prompt = writer.write(Sample("1", (Turn("user", ("No?",)),), 0, None), prefix)
+        found = writer.tokenize_answers(["Yes", "No"], prefix, prompt.text)[0]
+        whole = tokenizer(prompt.text + writer.answer("Yes", prefix), add_special_tokens=template is None)["input_ids"]
+        assert writer.tokenize([prompt])[0] + found == whole
+        assert tokenizer.convert_ids_to_tokens(found)[0] == expected
+
+
+def test_templates_are_told_the_same_date_every_day(writer):
+    dated = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    assert writer(dated).write(SAMPLE).text.startswith("26 Jul 2024[system]")
 
 
 def test_parts_of_a_model_that_reads_molecules(tokenizer, modality_settings):
