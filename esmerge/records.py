@@ -1,6 +1,8 @@
 """What a merge was made from and how: the record beside a result, and what tells one merge from another."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from esmerge.checkpoint import Checkpoint
 from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
 from esmerge.merging import Merger
+from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM
 from esmerge.plan import Plan
 from esmerge.recipe import Recipe
 from esmerge.remote_code import code_files
-from esmerge.sources import Source, content_hash, located
+from esmerge.sources import Source, checkpoint_hash, content_hash, located
 
 
 def _probe_files(plan: Plan) -> list[str]:
@@ -64,6 +67,24 @@ def pinned_inputs(plan: Plan) -> dict[str, Any]:
     for reference in _probe_files(plan):
         inputs.setdefault("probe", {})[located(reference, plan.recipe.folder)] = content_hash(plan.path(reference))
     return inputs
+
+
+def model_hash(folder: Path) -> str:
+    """`xxh3:<hex>` of weights, configuration, tokenizer and encoders; not of cards, results or records beside them."""
+    hashes = [checkpoint_hash(folder)]
+    for modality in sorted((folder / MODALITIES_FOLDER).glob("*")):
+        has_weights = any(modality.glob(f"{WEIGHTS_STEM}*.safetensors"))
+        own = checkpoint_hash(modality, WEIGHTS_STEM) if has_weights else content_hash(modality)
+        others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(WEIGHTS_STEM))
+        hashes += [modality.name, own, *map(content_hash, others)]
+    return hash_of_parts(hashes)
+
+
+def hash_of_parts(hashes: Sequence[str]) -> str:
+    """The `model_hash` of a model whose weights, and whose modalities' names and weights, have these."""
+    import xxhash
+
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(list(hashes)).encode())}"
 
 
 def check_pins(plan: Plan) -> None:

@@ -121,7 +121,7 @@ def make_card(model: MergedModel, choices: Choices, template: Path | None = None
         "model": model,
         "parents": parents,
         "base": parents[0],
-        "specialists": parents[1:],
+        "specialists": [parent for parent in parents[1:] if not parent.is_encoder],
         "licence": licence,
         "results": results,
         "figures": [path for path in figures if "coefficients" not in path],

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
@@ -26,6 +27,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise InputError("HF_HUB_OFFLINE is set, so nothing can be published: unset it, and run this again.") from error
     except LocalTokenNotFoundError as error:
         raise InputError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
+    except LocalEntryNotFoundError as error:  # neither there nor in the cache
+        raise InputError(f"{first_line(error)}; {GO_ON}.") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repo_id} has no such branch or pull request: check --revision.") from error
     except (HfHubHTTPError, transport_error(), ConnectionError, TimeoutError, RuntimeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from esmerge.errors import InputError, first_line
-from esmerge.hub import is_repo_id
+from esmerge.hub import is_commit, is_repo_id, split_reference
 from esmerge.sources import checkpoint_hash
 from hub_cards.licences import Licence, read_licence
 from hub_cards.merged_model import MergedModel
@@ -25,10 +25,11 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual")
 
 @dataclass(frozen=True)
 class Parent:
-    """A base or a specialist.
+    """A base, a specialist, or where a specialist's encoder is from, if that is apart.
 
     Attributes:
-        role: `base`, or the specialist's name.
+        role: `base`, the specialist's name, or `encoder of` it.
+        is_encoder: whether it gave an encoder alone.
         name: its repository on the Hub, or the last name of its folder.
         repo_id: of the Hub; None for a folder.
         commit: of the repository, or another revision; None if it is not known.
@@ -50,6 +51,7 @@ class Parent:
     datasets: tuple[str, ...] = ()
     citations: tuple[str, ...] = ()
     source: str = field(default="", repr=False)
+    is_encoder: bool = False
 
     @property
     def link(self) -> str | None:
@@ -60,7 +62,7 @@ class Parent:
 
 
 def parents_of(model: MergedModel, base_model: str | None = None) -> list[Parent]:
-    """The base and the specialists of a merged model, with what their cards say.
+    """The base, the specialists and their encoders of a merged model, in this order, with what their cards say.
 
     Args:
         base_model: `user/base` or `user/base@revision`, what the base is called on the Hub.
@@ -80,7 +82,18 @@ def parents_of(model: MergedModel, base_model: str | None = None) -> list[Parent
         # The specialists know the local base by its name on the Hub.
         base = replace(base, name=named, repo_id=named, commit=model.config.get("revision"))
     specialists = [_identify(role, pin) for role, pin in inputs["specialists"].items()]
-    return [_with_card(parent, model.folder) for parent in (base, *specialists)]
+    return [_with_card(parent, model.folder) for parent in (base, *specialists, *_encoders(model))]
+
+
+def _encoders(model: MergedModel) -> list[Parent]:
+    """Where encoders are from that a recipe names apart from their specialists."""
+    found = []
+    for name, entry in model.recipe["specialists"].items():
+        if reference := entry.get("encoder"):
+            source, commit = split_reference(reference)
+            pin = {"source": source, "commit": commit} if is_commit(commit) else {"source": reference}
+            found.append(replace(_identify(f"encoder of {name}", pin), is_encoder=True))
+    return found
 
 
 def _identify(role: str, pin: Mapping[str, Any]) -> Parent:
@@ -112,11 +125,19 @@ def _with_card(parent: Parent, folder: Path) -> Parent:
     metadata = read_front_matter(text)[0]
     return replace(
         parent,
-        licence=read_licence(metadata),
+        licence=_with_whole_link(read_licence(metadata), parent),
         languages=tuple(code for code in _strings(metadata.get("language")) if _LANGUAGE.fullmatch(code)),
         datasets=tuple(name for name in _strings(metadata.get("datasets")) if _is_dataset(name)),
         citations=tuple(entry.strip() for entry in _BIBTEX.findall(text)),
     )
+
+
+def _with_whole_link(licence: Licence | None, parent: Parent) -> Licence | None:
+    """A licence whose text is found from elsewhere, too: a card may name a file beside itself."""
+    if licence is None or licence.link is None or re.match(r"https?://", licence.link):
+        return licence
+    page = f"https://huggingface.co/{parent.repo_id}/blob/{parent.commit or 'main'}/{licence.link}"
+    return replace(licence, link=None if parent.repo_id is None else page)
 
 
 def _is_dataset(name: str) -> bool:

@@ -1,7 +1,6 @@
 """What `results/` says of a merged model, and how the Hub is told."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
@@ -9,6 +8,7 @@ from huggingface_hub.utils import yaml_dump
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from esmerge.errors import InputError
+from esmerge.records import hash_of_parts, model_hash
 from esmerge.sources import read_json
 from esmerge.yaml_files import first_error
 from hub_cards.merged_model import MergedModel
@@ -81,6 +81,8 @@ class Settings(_Read):
 
 class _Model(_Read):
     hash: str | None = None
+    commit: str | None = None
+    base: "_Model | None" = None
 
 
 class TaskResults(_Read):
@@ -91,6 +93,7 @@ class TaskResults(_Read):
     scores: Annotated[dict[str, Score], Field(min_length=1)]
     settings: Settings = Settings()
     model: Annotated[_Model, BeforeValidator(lambda value: value or {})] = _Model()
+    items: dict[str, str] = {}
     esmerge: dict[str, Any] | None = None
 
     @field_validator("scores")
@@ -125,11 +128,13 @@ def read_results(model: MergedModel) -> list[TaskResults]:
     """All results in a model's folder, by file name.
 
     Raises:
-        InputError: if a file is no result, is of another merge, or two are of different weights.
+        InputError: if a file is no result, or is of another merge, other weights or another base.
     """
-    found: dict[Path, TaskResults] = {}
+    found: list[TaskResults] = []
     recipe = portable_recipe(model.recipe)
-    for file in sorted((model.folder / RESULTS_FOLDER).glob("*.json")):
+    files = sorted((model.folder / RESULTS_FOLDER).glob("*.json"))
+    weights = model_hash(model.folder) if files else None
+    for file in files:
         try:
             results = TaskResults.model_validate(read_json(file))
         except ValidationError as error:
@@ -137,11 +142,25 @@ def read_results(model: MergedModel) -> list[TaskResults]:
             raise InputError(f"{file}: {sentence} Evaluate the model again, or move the file away.") from error
         if results.esmerge is not None and portable_recipe(results.esmerge) != recipe:
             raise InputError(f"{file} is of another merge: evaluate this model, or move the file away.")
-        for other, others in found.items():
-            if None not in (results.model.hash, others.model.hash) and results.model.hash != others.model.hash:
-                raise InputError(f"{other} and {file} are of different models: evaluate this one again on both tasks.")
-        found[file] = results
-    return list(found.values())
+        if results.model.hash not in (None, weights):
+            raise InputError(
+                f"{file} is of other weights, configuration or tokenizer than {model.folder} holds: evaluate this "
+                "model again, or move the file away."
+            )
+        if results.model.base is not None and not _is_base(results.model.base, model.record["inputs"]["base"]):
+            raise InputError(
+                f"{file} is of this adapter on another base than it was merged for: evaluate it again without --base, "
+                "or move the file away."
+            )
+        found.append(results)
+    return found
+
+
+def _is_base(evaluated: _Model, merged: Mapping[str, Any]) -> bool:
+    """Whether a model was evaluated on the base that its merge's record pins, as far as both tell."""
+    if merged.get("hash") and evaluated.hash:
+        return evaluated.hash == hash_of_parts([merged["hash"]])
+    return None in (evaluated.commit, merged.get("commit")) or evaluated.commit == merged["commit"]
 
 
 def eval_results(results: Sequence[TaskResults]) -> list[EvalResult]:

@@ -16,10 +16,10 @@ import yaml
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.hub import is_commit, split_reference
-from esmerge.modalities.registry import MODALITIES_FOLDER, WEIGHTS_STEM
+from esmerge.records import model_hash
 from esmerge.remote_code import code_files
 from esmerge.results import RECORD_FILE, versions, write_whole
-from esmerge.sources import Source, checkpoint_hash, content_hash, read_json
+from esmerge.sources import Source, content_hash, read_json
 from lightning_modules.metrics import UNREADABLE, Outcomes, Score
 from lightning_modules.prompts import content_digest
 from lightning_modules.sample_log import Record
@@ -55,19 +55,6 @@ def describe_model(source: Source, base: Source | None) -> dict[str, Any]:
     if base is not None:
         found["base"] = describe_model(base, None)
     return found
-
-
-def model_hash(folder: Path) -> str:
-    """`xxh3:<hex>` of weights, configuration, tokenizer and encoders; not of cards, results or records beside them."""
-    import xxhash
-
-    hashes = [checkpoint_hash(folder)]
-    for modality in sorted((folder / MODALITIES_FOLDER).glob("*")):
-        has_weights = any(modality.glob(f"{WEIGHTS_STEM}*.safetensors"))
-        own = checkpoint_hash(modality, WEIGHTS_STEM) if has_weights else content_hash(modality)
-        others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(WEIGHTS_STEM))
-        hashes += [modality.name, own, *map(content_hash, others)]
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())}"
 
 
 def esmerge_recipe(folder: Path) -> dict[str, Any] | None:

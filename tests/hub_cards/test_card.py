@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
 
 from hub_cards.licences import LICENCES
 
@@ -94,6 +95,29 @@ def test_licence_with_name_and_link_is_inherited(from_hub, esmerge):
         "https://lab.org/licence",
     ]
     assert "[lab-licence](https://lab.org/licence)" in text(folder)
+
+
+def test_a_licence_beside_the_parents_card_is_linked_from_elsewhere(from_hub, esmerge):
+    own = b"---\nlicense: other\nlicense_name: lab-licence\nlicense_link: LICENSE\n---\n"
+    folder = from_hub(cards=dict.fromkeys(("base", "molecule", "protein", "cell"), own))
+    assert esmerge("card", folder)[0] == 0
+    commit = yaml.safe_load((folder / "esmerge.yaml").read_text())["inputs"]["base"]["commit"]
+    link = f"https://huggingface.co/lab/base/blob/{commit}/LICENSE"
+    assert metadata(folder)["license_link"] == link and f"[lab-licence]({link})" in text(folder)
+
+
+def test_an_encoder_from_elsewhere_is_a_parent(from_hub, esmerge, on_hub):
+    folder = from_hub()
+    card = b"---\nlicense: cc-by-nc-4.0\n---\n"
+    commit = on_hub({"README.md": card, "config.json": b"{}"}, "lab/esm")
+    record = yaml.safe_load((folder / "esmerge.yaml").read_text())
+    record["recipe"]["specialists"]["protein"]["encoder"] = f"lab/esm@{commit}"
+    (folder / "esmerge.yaml").write_text(yaml.safe_dump(record))
+    code, _, error = esmerge("card", folder)
+    assert code == 2 and "cc-by-nc-4.0 (lab/esm)" in error and "--license" in error
+    assert esmerge("card", folder, "--license", "cc-by-nc-4.0")[0] == 0
+    link = f"[lab/esm](https://huggingface.co/lab/esm/tree/{commit})"
+    assert f"| encoder of protein | {link} | `{commit}` | cc-by-nc-4.0 |" in text(folder)
 
 
 def test_licences_are_those_of_the_hub(connected):
@@ -357,7 +381,8 @@ def test_folders_that_no_card_can_be_made_of(merge, recipe, esmerge, break_, par
         ({"scores": {"accuracy": {"value": "high"}}}, "scores.accuracy.value is 'high'"),
         ({"scores": {"accuracy": {"value": 81.0}}}, "accuracy is 81.0, expected a number from -1 to 1"),
         ({"esmerge": {"base": "other"}}, "is of another merge"),
-        ({"model": {"hash": "xxh3:2"}}, "are of different models"),
+        ({"model": {"hash": "xxh3:2"}}, "is of other weights"),
+        ({"model": {"base": {"name": "other", "hash": "xxh3:3"}}}, "on another base"),
     ],
 )
 def test_results_that_are_none(merge, recipe, esmerge, results, changes, part):
@@ -368,6 +393,36 @@ def test_results_that_are_none(merge, recipe, esmerge, results, changes, part):
     code, _, error = esmerge("card", folder)
     assert code == 2 and part in error and "tissue.json" in error
     assert not (folder / "README.md").exists()
+
+
+def test_scores_are_of_the_weights_and_the_base_that_are_published(merge, recipe, esmerge, llama, tmp_path):
+    recipe["coefficients"] = "uniform"
+    folder = merge(recipe)
+    (tmp_path / "data.csv").write_text("smiles,y\nCCO,1\nCC,0\nO,1\nCN,0\n")
+    task = {"name": "toy", "source": {"path": "data.csv"}, "split": {"evaluated": "train"}, "answer": "y"}
+    task |= {"columns": {"molecule": "smiles"}, "labels": {1: "Yes", 0: "No"}, "choices": ["Yes", "No"]}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(task | {"prompt": "{molecule}. Soluble?", "title": "a | b"}))
+    arguments = ("evaluate", folder, "--task", tmp_path / "toy.yaml", "--quiet", "--normalise", "characters")
+    code, _, error = esmerge(*arguments)
+    assert code == 0, error
+    (folder / "LICENSE.txt").write_text("Do what you like.")
+    assert esmerge("card", folder)[0] == 0
+    assert "| a \\| b | accuracy |" in text(folder)
+    assert "likelihoods were divided by the answers' numbers of characters" in text(folder)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    save_file(
+        {name: 2 * tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items()},
+        folder / "adapter_model.safetensors",
+    )
+    code, _, error = esmerge("card", folder)
+    assert code == 2 and "toy.json is of other weights" in error
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    other = shutil.copytree(llama / "base", tmp_path / "other")
+    changed = {name: 2 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    assert esmerge(*arguments, "--base", other)[0] == 0
+    code, _, error = esmerge("card", folder)
+    assert code == 2 and "toy.json is of this adapter on another base" in error
 
 
 def test_parents_without_card_or_repository(from_hub, esmerge, connected):

@@ -424,6 +424,16 @@ def test_failures_change_nothing_and_the_rerun_goes_on(
     assert not stored & again
 
 
+def test_an_outage_before_the_edits_there_are_known(merged, publish, refused, connected, results, monkeypatch):
+    publish(merged)
+    results(merged)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    connected.fail(method="HEAD", path="README", status=503, times=99)
+    assert "the same command goes on" in refused(merged)
+    connected.faults.clear()
+    publish(merged)
+
+
 def test_a_short_outage_is_not_noticed(merged, publish, api, connected):
     connected.fail(method="PUT", status=503)
     publish(merged)
