@@ -11,12 +11,21 @@ from torch import Tensor, nn
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.devices import usable_device
-from esmerge.errors import InputError
+from esmerge.errors import InputError, first_line
 from esmerge.names import canonical_name, canonical_names, is_rotary
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
 MAX_ATTENTION_BYTES = 64 << 20
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+
+# What the norm after the last layer is called, by Llama and its like, Phi and NeoX, OPT, GPT-2, Mamba, LFM2, RWKV,
+# RecurrentGemma, XGLM and BioGPT.
+_FINAL_NORMS = (
+    *("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "ln_out", "final_norm"),
+    "layer_norm",
+)
+# Settings of models whose layers read more than what the layer before hands on.
+_BESIDE_HIDDEN_STATES = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,6 +56,11 @@ class Backbone:
         self.dtype = dtype or _probe_dtype(self.checkpoint, self.device)
         self.model = _empty_model(folder, self.dtype, trust_remote_code)
         self.body: nn.Module = self.model.base_model
+        if beside := next((name for name in _BESIDE_HIDDEN_STATES if getattr(self.model.config, name, None)), None):
+            raise InputError(
+                f"{folder}: layers of a {type(self.model).__name__} read more than the layer before hands on ({beside} "
+                "in its config.json), so it cannot be probed: use coefficients and a method that need no probe."
+            )
         stored = [name for name in self.checkpoint if not is_rotary(name)]
         self._stored = canonical_names(stored, str(folder))
         self.layers_name, self.layers = _decoder_layers(self.model, self.model.config.num_hidden_layers)
@@ -208,7 +222,7 @@ class Backbone:
 
     def final_norm(self) -> tuple[str, nn.Module]:
         """The norm after the last layer and its canonical name; the identity for a model that has none."""
-        for leaf in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"):
+        for leaf in _FINAL_NORMS:
             for name, module in self.body.named_modules():
                 if name.rpartition(".")[2] == leaf and not name.startswith(self._inner_layers):
                     return canonical_name(name), module
@@ -230,8 +244,10 @@ def _empty_model(folder: Path, dtype: torch.dtype | None, trust_remote_code: boo
         # Buffers (rotary frequencies, embedding scales) are made for real: no checkpoint holds them.
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(f"{folder}: transformers cannot build a causal LM from its config.json: {error}") from error
+    except Exception as error:  # whatever transformers makes of numbers that do not fit
+        raise InputError(
+            f"{folder}: transformers cannot build a causal LM from its config.json: {first_line(error)}."
+        ) from error
 
 
 def module_names(folder: Path, trust_remote_code: bool = False) -> dict[str, list[str]]:

@@ -146,23 +146,25 @@ class ShiftDelta:
 
 @dataclass(frozen=True)
 class RowDelta:
-    """A delta of a few rows, as PEFT's trainable tokens: these rows are replaced, all others stay.
+    """A delta of a few rows, as PEFT's trainable tokens: these rows are replaced.
 
     Attributes:
         indices: int64 [n], ascending.
         values: float32 [n, in], the new rows.
         shape: of the whole tensor.
+        others: the delta of all other rows; None if they stay.
     """
 
     indices: Tensor
     values: Tensor
     shape: tuple[int, ...]
+    others: "Delta | None" = None
     needs_base = True
 
     def rows(self, start: int, stop: int, base: Tensor | None = None) -> Tensor:
         """Rows of the dense delta."""
         assert base is not None
-        dense = torch.zeros_like(base)
+        dense = torch.zeros_like(base) if self.others is None else self.others.rows(start, stop, base)
         chosen = (self.indices >= start) & (self.indices < stop)
         places = self.indices[chosen] - start
         dense[places] = self.values[chosen] - base[places]

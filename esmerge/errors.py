@@ -36,8 +36,13 @@ class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt
 
 
 def first_line(error: object) -> str:
-    """The first line of what another library says, without a full stop at its end; its kind if it says nothing."""
+    """The first line of what another library says, without a full stop at its end; its kind if it says nothing.
+
+    A line that ends in a colon is taken with the next one.
+    """
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 

@@ -545,7 +545,7 @@ def _factors_of_sum(
 
 
 def merge_factors(
-    merger: Merger, module: str, layer: int, deltas: Sequence[LoraDelta], folded: bool, device: torch.device
+    merger: Merger, module: str, layer: int | None, deltas: Sequence[LoraDelta], folded: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The paper's merge: A and B separately, each with its own coefficients.
 

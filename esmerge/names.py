@@ -7,9 +7,12 @@ from esmerge.errors import InputError
 
 # The decoder layers' list as it is called by Llama and its like, by GPT-2 and by MPT.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+_MASK = re.compile(r"\.(?:attn|attention)\.(?:attention\.)?(?:bias|masked_bias)$")
 # What wraps the model that PEFT was given, alone or as Mol-LLaMA's `.llm`.
 _PEFT = re.compile(r"^(?:llm\.)?base_model\.model\.")
-_WRAPPERS = re.compile(r"^(?:(?:base_model|model|llm|llama_decoder|language_model|transformer|decoder|gpt_neox)\.)+")
+_WRAPPERS = re.compile(
+    r"^(?:(?:base_model|model|llm|llama_decoder|language_model|transformer|decoder|gpt_neox|backbone|biogpt|rwkv)\.)+"
+)
 
 
 def canonical_name(name: str) -> str:
@@ -63,6 +66,11 @@ def base_module(name: str) -> str:
 def is_rotary(name: str) -> bool:
     """Whether a tensor holds rotary frequencies, which old checkpoints carry though the config determines them."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+def is_mask(name: str) -> bool:
+    """Whether a tensor holds a causal mask of GPT-2, GPT-NeoX or their like, which old checkpoints carry."""
+    return _MASK.search(name) is not None
 
 
 def layer_of(canonical: str) -> int | None:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from esmerge.plan import Plan, make_plan, pin_recipe, with_recipe
 from esmerge.plan_merger import Reach, inputs_key, layer_alpha, layer_merge, make_merger, positions_of, reach_of
 from esmerge.recipe import Recipe, SignalsRecipe, override_recipe
 from esmerge.records import check_pins, fingerprint, merge_record, pinned_inputs
-from esmerge.scores import Scratch
+from esmerge.scores import Scratch, row_blocks
 from esmerge.signals import EmbeddingSignals
 from esmerge.specialists import Specialist, are_twins
 from esmerge.writing import Output, full_bytes, make_output, write_all
@@ -233,13 +233,23 @@ def _write_signals(plan: Plan, merger: Merger, signals: EmbeddingSignals, folder
         for model, rows in zip(["base", *names], response, strict=True):
             tensors[f"pooled.{model}.{modality}.{layer}"] = rows
     elements = SignalCoefficients(merger.coefficients.outside, None, signals.scores, settings.tau)
-    for tensor, scores in signals.scores.items():
-        count = scores[0].shape[0]
-        element = elements.rows(tensor, 0)(0, count)
-        for index, name in enumerate(names):
-            tensors[f"score.{name}.{tensor}"] = scores[index].rows(0, count)
-            tensors[f"element_coefficient.{name}.{tensor}"] = element[index]
-    results.write_tensors(folder / "signals.safetensors", tensors)
+
+    def blocks() -> Iterator[tuple[str, int, Tensor]]:
+        for tensor, scores in signals.scores.items():
+            coefficients = elements.rows(tensor, 0)
+            for start, stop in row_blocks(scores[0].shape):
+                rows = coefficients(start, stop)
+                for index, name in enumerate(names):
+                    yield f"score.{name}.{tensor}", start, scores[index].rows(start, stop)
+                    yield f"element_coefficient.{name}.{tensor}", start, rows[index]
+
+    shapes = {
+        f"{kind}.{name}.{tensor}": scores[0].shape
+        for tensor, scores in signals.scores.items()
+        for kind in ("score", "element_coefficient")
+        for name in names
+    }
+    results.write_tensors(folder / "signals.safetensors", tensors, blocks=blocks(), shapes=shapes)
 
 
 def _warn_of_twins(specialists: Sequence[Specialist]) -> None:

@@ -113,17 +113,16 @@ class Plan:
                     "use space: weights."
                 )
             if not specialist.low_rank:
-                other = next(name for name in specialist.names if not _plain(specialist, name))
                 raise InputError(
                     f"space factors merges pairs of LoRA factors, but {specialist.name} also has "
-                    f"{specialist.stored_as(other)}; use space: weights, which merges it as well."
+                    f"{specialist.beside_factors[0]}; use space: weights, which merges it as well."
                 )
             found.append(specialist)
         return found
 
 
-def _plain(specialist: LoraSpecialist, name: str) -> bool:
-    return name in specialist.modules and "lora_A" in specialist.stored_as(name)
+# Of transformers' models, those whose linear layers are Conv1D.
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
@@ -253,6 +252,11 @@ def _fit_adapter(plan: Plan) -> Plan:
             f"output.rank is missing: the full checkpoint {full.name} has deltas of any rank; set the adapter's, "
             "or use output.format: full."
         )
+    if (kind := plan.base.config().get("model_type")) in _TRANSPOSED and full is not None:
+        raise InputError(
+            f"the weights of a {kind} are stored transposed, unlike factors of deltas: no adapter is made of full "
+            "checkpoints; use output.format: full."
+        )
     targets = []
     for target in plan.targets:
         if len(target.shape) != 2 or target.layer is None or not target.name.endswith(".weight"):
@@ -264,6 +268,8 @@ def _fit_adapter(plan: Plan) -> Plan:
                     )
             target = replace(target, changed=(None,) * len(plan.specialists))
         targets.append(target)
+    if not any(target.merged for target in targets):
+        raise InputError("the specialists change no weight that a LoRA adapter can hold: there is nothing to merge.")
     return _with_modules(replace(plan, targets=targets))
 
 

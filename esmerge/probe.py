@@ -288,13 +288,11 @@ _MARK = "\ue000"
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerBase", content: str, chat_template: str | None) -> str:
-    from jinja2 import TemplateError
-
     if chat_template == NO_TEMPLATE:
         return content
     try:
         return apply_chat_template(tokenizer, [{"role": "user", "content": content}], chat_template)
-    except TemplateError as error:
+    except Exception as error:  # whatever a template raises: Jinja's errors and Python's
         where = "probe.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
         raise InputError(f"{where} cannot be used as a Jinja template: {error}") from error
 

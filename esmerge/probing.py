@@ -1,5 +1,6 @@
 """From a plan to embedding signals: builds the probe and sends it through base and specialists."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from esmerge.signals import EmbeddingSignals, LayerMerge, ProbedSpecialist, Sign
 from esmerge.specialists import SpecialistEncoder
 from esmerge.targets import Target
 from esmerge.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Items that an encoder takes at a time. On a CPU one: batches are hardly faster there, and an item's soft tokens, which
 # are kept for other merges, must not depend on what else one of them encodes, not even in the last bit.
@@ -50,6 +53,11 @@ def measure_signals(
         settings = SignalsRecipe.model_validate({"from": "embedding_signals", "granularity": "layer"})
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
     backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint, plan.trust_remote_code)
+    if signals_wanted and not backbone.final_norm()[0]:
+        logger.warning(
+            "%s has no norm after its last layer that is known: what the last layer hands on is taken as it is.",
+            type(backbone.model).__name__,
+        )
     return embedding_signals(
         backbone,
         [_probed(plan, index, backbone) for index in range(len(plan.specialists))],

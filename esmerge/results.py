@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -240,14 +241,29 @@ def target_modules(modules: Sequence[str], base_tensors: Sequence[str]) -> list[
 
 
 def write_tensors(
-    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Sequence[str]] | None = None
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Sequence[str]] | None = None,
+    blocks: Iterable[tuple[str, int, Tensor]] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
-    """Write a few tensors to a safetensors file; metadata values are stored as JSON lists."""
+    """Write a few tensors to a safetensors file.
+
+    Args:
+        metadata: values are stored as JSON lists.
+        blocks: of float32 tensors too large to be held: name, first row, rows.
+        shapes: of these, by name.
+    """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    layout |= {name: (torch.float32, tuple(shape)) for name, shape in (shapes or {}).items()}
     encoded = {key: json.dumps(list(value)) for key, value in (metadata or {}).items()}
     writer = CheckpointWriter(file.parent, layout, stem=file.stem, max_shard_bytes=1 << 62, metadata=encoded)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
+    for name, start, rows in blocks:
+        writer.write_rows(name, start, rows)
+    for name in shapes or {}:
+        writer.complete(name)
     writer.finish()
 
 

@@ -15,6 +15,8 @@ from esmerge.specialists.full import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, embedd
 from esmerge.vocabulary import Vocabulary, join_vocabularies
 
 MERGEABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What transformers calls the output embeddings of tied models, where it is not `lm_head`.
+_HEADS = {"gpt_neox": "embed_out.weight", "biogpt": "output_projection.weight"}
 # Tensors with one row per token.
 _PER_TOKEN = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")
 
@@ -89,8 +91,8 @@ def match_targets(
     entries = {name: (stored[name], stored[name]) for name in stored}
     if untied and tied:
         assert embeddings is not None
-        entries["lm_head.weight"] = (stored[embeddings], "lm_head.weight")
-        head = "lm_head.weight"
+        head = _HEADS.get(str(base.config().get("model_type")), "lm_head.weight")
+        entries[head] = (stored[embeddings], head)
     targets = []
     for name, (source, written) in entries.items():
         info = checkpoint.info(source)

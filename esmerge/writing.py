@@ -108,7 +108,7 @@ class Output:
         """B, A and their scaling, of a target merged in the space of factors."""
         deltas = [delta for delta in stream.deltas if isinstance(delta, LoraDelta)]
         module = target.name.removesuffix(".weight")
-        b, a = merge_factors(self.merger, module, target.layer or 0, deltas, self.folded, self.device)
+        b, a = merge_factors(self.merger, module, target.layer, deltas, self.folded, self.device)
         return b, a, 1.0 if self.folded else deltas[0].scaling
 
     def _factor_notes(self, target: Target) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class AdapterOutput(Output):
 
 def _sum_of_ranks(plan: Plan) -> int:
     adapters = [specialist for specialist in plan.specialists if isinstance(specialist, LoraSpecialist)]
-    return sum(max(adapter.rank(name) for name in adapter.modules) for adapter in adapters)
+    return sum(max((adapter.rank(name) for name in adapter.modules), default=0) for adapter in adapters)
 
 
 def _common_scaling(specialists: Sequence[LoraSpecialist]) -> bool:

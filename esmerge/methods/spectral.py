@@ -1,6 +1,9 @@
-"""Methods on the singular values and vectors of deltas. Tensors with fewer than two dimensions are averaged."""
+"""Methods on the singular values and vectors of deltas.
 
-from collections.abc import Sequence
+Tensors that are no matrices are averaged, except those that hold a matrix for each expert: these are merged one by one.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +43,19 @@ def _thin_basis(matrix: Tensor) -> Tensor | None:
     return None
 
 
+def _by_matrix(
+    deltas: Sequence[Tensor], weights: Tensor, merge: Callable[[Sequence[Tensor], Tensor], Tensor]
+) -> Tensor:
+    """Merge matrices, or such tensors of matrices [E, m, n]; average whatever has but one column or row."""
+    shape = deltas[0].shape
+    if len(shape) < 2 or len(shape) > 3 or (len(shape) == 3 and 1 in shape[1:]):
+        return average(deltas, weights)
+    if len(shape) == 2:
+        return merge(deltas, weights)
+    own = weights.expand(-1, shape[0], -1, -1).unbind(dim=1)
+    return torch.stack([merge(matrices, each) for *matrices, each in zip(*deltas, own, strict=True)])
+
+
 def _weighted(deltas: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     return [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
 
@@ -55,16 +71,18 @@ def tsv(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: Finite = 1.0) -> 
     Args:
         lambda_: scale of the result.
     """
-    if deltas[0].dim() < 2:
-        return average(deltas, weights).mul_(lambda_)
-    kept = max(1, min(deltas[0].shape) // len(deltas))
-    parts = [_svd(delta) for delta in _weighted(deltas, weights)]
-    values = torch.cat([s[:kept] for _, s, _ in parts])
-    if not len(values):
-        return torch.zeros_like(deltas[0])
-    left = _orthonormal(torch.cat([u[:, :kept] for u, _, _ in parts], dim=1))
-    right = _orthonormal(torch.cat([vt[:kept] for _, _, vt in parts]))
-    return (left * values) @ right * lambda_
+
+    def merge(matrices: Sequence[Tensor], weights: Tensor) -> Tensor:
+        kept = max(1, min(matrices[0].shape) // len(matrices))
+        parts = [_svd(matrix) for matrix in _weighted(matrices, weights)]
+        values = torch.cat([s[:kept] for _, s, _ in parts])
+        if not len(values):
+            return torch.zeros_like(matrices[0])
+        left = _orthonormal(torch.cat([u[:, :kept] for u, _, _ in parts], dim=1))
+        right = _orthonormal(torch.cat([vt[:kept] for _, _, vt in parts]))
+        return (left * values) @ right
+
+    return _by_matrix(deltas, weights, merge).mul_(lambda_)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -82,9 +100,10 @@ def iso_c(deltas: Sequence[Tensor], weights: Tensor, *, lambda_: Finite = 1.0) -
     Args:
         lambda_: scale of the result.
     """
-    total = weighted_sum(deltas, weights)
-    if total.dim() < 2:
-        return average(deltas, weights).mul_(lambda_)
-    # Directions that the sum does not have at all would be noise, lifted to the mean.
-    u, s, vt = _svd(total)
-    return u @ vt * (s.sum() / max(1, len(s)) * lambda_)
+
+    def merge(matrices: Sequence[Tensor], weights: Tensor) -> Tensor:
+        # Directions that the sum does not have at all would be noise, lifted to the mean.
+        u, s, vt = _svd(weighted_sum(matrices, weights))
+        return u @ vt * (s.sum() / max(1, len(s)))
+
+    return _by_matrix(deltas, weights, merge).mul_(lambda_)

@@ -11,16 +11,23 @@ from esmerge.checkpoint import Checkpoint
 from esmerge.configs import quantisation, ties_embeddings
 from esmerge.deltas import Delta, ValueDelta
 from esmerge.errors import InputError
-from esmerge.names import canonical_names, is_rotary
+from esmerge.names import canonical_names, is_mask, is_rotary
 from esmerge.sources import read_json
 from esmerge.specialists.encoder import SpecialistEncoder
 
-INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+INPUT_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "embeddings.weight",
+)
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
 
 
 # What `left_out` calls tensors that follow from others or from the config.
 ROTARY_FREQUENCIES = "rotary frequencies, which the config determines"
+_MASKS = "causal masks, which the model makes itself"
 _DOUBLED_EMBEDDINGS = "output embeddings that are tied to the input embeddings and stored once more"
 
 
@@ -36,8 +43,10 @@ def own_tensors(
     Returns:
         Canonical name -> the checkpoint's tensor; and how many were left out, by what they are.
     """
-    own = [name for name in names if not is_rotary(name)]
-    left_out = {ROTARY_FREQUENCIES: len(names) - len(own)} if len(own) < len(names) else {}
+    rotary = {name for name in names if is_rotary(name)}
+    masks = {name for name in names if is_mask(name) and checkpoint.info(name).dtype.is_floating_point}
+    own = [name for name in names if name not in rotary | masks]
+    left_out = {what: len(found) for what, found in ((ROTARY_FREQUENCIES, rotary), (_MASKS, masks)) if found}
     stored = canonical_names(own, source)
     if doubled := _doubled_embeddings(config, checkpoint, stored):
         del stored[doubled]

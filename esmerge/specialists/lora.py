@@ -23,7 +23,7 @@ _PARTS = re.compile(
     r"(?:\.default)?(?P<leaf>\.weight|\.bias)?$"
 )
 _TOKENS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$")
-_SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.")
+_SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.|(?:\.token_adapter)?\.base_layer\.")
 
 # What `left_out` calls the modules that PEFT keeps beside those it trains.
 ORIGINAL_MODULES = "modules as they were before training"
@@ -212,7 +212,13 @@ class LoraSpecialist:
     @property
     def low_rank(self) -> bool:
         """Whether it consists of pairs of factors alone."""
-        return set(self.names) == set(self.modules) and all(set(p) == set(_FACTORS) for p in self._parts.values())
+        return not self.beside_factors
+
+    @property
+    def beside_factors(self) -> list[str]:
+        """Its tensors that are none of a pair of factors of a linear layer."""
+        others = [tensor for parts in self._parts.values() for part, tensor in parts.items() if part not in _FACTORS]
+        return sorted([*self._values.values(), *self._tokens.values(), *others])
 
     def stored_as(self, name: str) -> str:
         """The adapter's tensor behind a canonical name, for messages."""
@@ -265,6 +271,8 @@ class LoraSpecialist:
             # PEFT saves embeddings whole beside their factors, and a layer's bias beside that of its B.
             if name in self._parts:
                 return SumDelta(stored, self._factor_delta(name))
+            if name in self._tokens:
+                return self._token_delta(name, shape, stored)
             branch = self._branch_bias(name)
             return SumDelta(stored, branch) if branch else stored
         if name in self._tokens:
@@ -279,9 +287,9 @@ class LoraSpecialist:
             return SumDelta(self._token_delta(self.tied, shape), factors)
         return factors
 
-    def _token_delta(self, name: str, shape: tuple[int, ...]) -> RowDelta:
+    def _token_delta(self, name: str, shape: tuple[int, ...], others: Delta | None = None) -> RowDelta:
         values = self._read(self._tokens[name])
-        return RowDelta(self._token_indices(name, len(values)), values, shape)
+        return RowDelta(self._token_indices(name, len(values)), values, others.shape if others else shape, others)
 
     def _branch_bias(self, name: str) -> ShiftDelta | None:
         weight = name.removesuffix("bias") + "weight"
@@ -305,8 +313,11 @@ class LoraSpecialist:
     def _token_indices(self, name: str, count: int) -> Tensor:
         stated = self.config.get("trainable_token_indices")
         if isinstance(stated, dict):
-            module = name.removesuffix(".weight").rpartition(".")[2]
-            stated = stated.get(module)
+            by_module = {key.rpartition(".")[2]: ids for key, ids in stated.items()}
+            # PEFT saves tokens of tied embeddings at both ends.
+            ends = [name, *(INPUT_EMBEDDINGS if name in OUTPUT_EMBEDDINGS else ())]
+            modules = [end.removesuffix(".weight").rpartition(".")[2] for end in ends]
+            stated = next((by_module[module] for module in modules if module in by_module), None)
         if not isinstance(stated, list) or len(stated) != count or not all(type(token) is int for token in stated):
             raise InputError(
                 f"{self.folder}: {self._tokens[name]} holds {count} trained tokens, which adapter_config.json "

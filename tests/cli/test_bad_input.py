@@ -125,6 +125,21 @@ def base_of_unknown_architecture(inputs):
     inputs.change_json("base/config.json", model_type="nonesuch", architectures=["Nonesuch"])
 
 
+@case("base: transformers cannot build", "attention heads (5)")
+def base_with_numbers_that_do_not_fit(inputs):
+    inputs.change_json("base/config.json", num_attention_heads=5, head_dim=None)
+
+
+@case("base: the tokenizer", "cannot be loaded")
+def tokenizer_that_cannot_be_read(inputs):
+    inputs.change_json("base/tokenizer.json", model={"type": "Nonesuch"})
+
+
+@case("the chat template of", "cannot be used")
+def chat_template_with_an_error_of_its_own(inputs):
+    (inputs / "base" / "chat_template.jinja").write_text("{{ messages[0]['content'] + 3 }}")
+
+
 @case("cell/adapter_model.safetensors is truncated", "download or save it again")
 def truncated_adapter(inputs):
     weights = inputs / "cell" / "adapter_model.safetensors"

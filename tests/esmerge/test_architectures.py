@@ -1,6 +1,7 @@
 """The layer-streaming engine agrees with plain forward passes and autograd through whole models."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from esmerge.backbone import Backbone
+from esmerge.backbone import Backbone, run_layer
 from esmerge.errors import InputError
 from esmerge.probe import batched
 from esmerge.scores import Scratch
@@ -382,6 +383,44 @@ def test_mixtures_of_experts_are_refused_for_what_they_are(tmp_path, make_base, 
     folder = make_base(config, tmp_path / "base")
     with pytest.raises(InputError, match="such mixtures of experts cannot be probed; use coefficients"):
         list(Backbone(folder).iterate_layers())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}),
+        ("RecurrentGemmaConfig", {"lru_width": 32, "attention_window_size": 8}),
+        ("XGLMConfig", {"d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
+        ("BioGptConfig", {}),
+        ("MambaConfig", {}),
+    ],
+)
+def test_the_norm_after_the_last_layer_is_found(tmp_path, make_base, kind, settings):
+    folder = make_base(getattr(transformers, kind)(**COMMON, **settings), tmp_path / "base")
+    backbone = Backbone(folder)
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        state, arguments = backbone.layer_arguments(hidden, mask)
+        for layer, own in zip(backbone.iterate_layers(), arguments, strict=True):
+            state = run_layer(layer, state, own)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder).base_model
+        expected = plain(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        torch.testing.assert_close(backbone.final_norm()[1](state), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_read_more_than_the_layer_before_hands_on_are_refused(tmp_path, make_base):
+    config = transformers.Gemma3nTextConfig(
+        **{**COMMON, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+        layer_types=["full_attention"] * 4,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    config.save_pretrained(tmp_path / "base")
+    make_base(transformers.LlamaConfig(**COMMON), tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "model.safetensors", tmp_path / "base")
+    with pytest.raises(InputError, match=r"hidden_size_per_layer_input in its config.json.*use coefficients"):
+        Backbone(tmp_path / "base")
 
 
 def test_a_base_in_float16_is_probed_in_float32_where_there_is_no_arithmetic_for_it(tmp_path, make_base):

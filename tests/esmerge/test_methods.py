@@ -405,6 +405,17 @@ class TestSpectral:
         assert float(values[2:].max()) < 1e-5 * float(values[0])
 
 
+@pytest.mark.parametrize("method", [methods.tsv, methods.iso_c])
+def test_spectral_methods_take_experts_one_by_one(method):
+    deltas, weights = [random(4, 30, 20, seed=seed) for seed in range(3)], torch.tensor([0.5, 0.3, 0.4])
+    alone = [method([delta[expert] for delta in deltas], weights.view(3, 1, 1)) for expert in range(4)]
+    assert torch.equal(method(deltas, weights.view(3, 1, 1, 1)), torch.stack(alone))
+    # Kernels of depthwise convolutions have no other direction than their own.
+    deltas = [random(20, 1, 3, seed=seed) for seed in range(3)]
+    average = sum(delta / 3 for delta in deltas)
+    torch.testing.assert_close(method(deltas, share_weights(3, 20, 1, 3)), average)
+
+
 @pytest.mark.parametrize("rank", [2, 40])
 def test_spectral_methods_on_deltas_of_low_rank_are_those_of_their_nonzero_triplets(rank):
     """Vectors of zero singular values are arbitrary: kept, they would turn those of the other tasks."""

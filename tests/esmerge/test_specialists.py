@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -137,6 +138,32 @@ class TestAdapters:
         expected = logits(PeftModel.from_pretrained(load(base), adapter).merge_and_unload())
         assert float((expected - logits(load(base))).abs().max()) > 0.01
         assert_logits(alone(base, adapter, other), expected)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize(
+        "tokens",
+        [[64, 65, 66, 67], {"model.embed_tokens": [64, 65]}, {"embed_tokens": [64, 65], "lm_head": [66]}],
+        ids=["both", "by path", "other ones at each end"],
+    )
+    def test_tokens_trained_on_a_resized_vocabulary(self, make_base, alone, tmp_path, tied, tokens):
+        settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        settings |= {"num_attention_heads": 4, "tie_word_embeddings": tied}
+        base = make_base(LlamaConfig(**settings), tmp_path / "base")
+        model = load(base)
+        model.resize_token_embeddings(68, mean_resizing=False)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], trainable_token_indices=tokens)
+        model = get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+        model.save_pretrained(tmp_path / "resized")
+        other = train(base, tmp_path / "other", seed=2, target_modules=["q_proj"])
+        inputs = torch.arange(28, 68).view(2, 20)
+        with torch.no_grad():
+            expected = model.eval()(inputs).logits
+            found = load(alone(base, tmp_path / "resized", other))(inputs).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_converted_from_a_start_that_moved_the_base(self, bases, alone, tmp_path):
         """PEFT saves PiSSA as an adapter of the unmoved base if it is asked to; as it stands it is refused."""
@@ -759,3 +786,78 @@ class TestTokens:
             start = weights_of(base)[name]
             half = (start + expected[name][:size]) / 2
             torch.testing.assert_close(own[:size], half, rtol=1e-5, atol=1e-6)
+
+
+TIED = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "query_key_value", "word_embeddings"),
+    "falcon": (
+        "FalconConfig",
+        {"num_hidden_layers": 2, "num_attention_heads": 4},
+        "query_key_value",
+        "word_embeddings",
+    ),
+    "biogpt": ("BioGptConfig", {"num_hidden_layers": 2, "num_attention_heads": 4}, "q_proj", "embed_tokens"),
+    "mamba": ("MambaConfig", {"num_hidden_layers": 2}, "in_proj", "embeddings"),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("how", ["LoRA", "saved"])
+def test_embeddings_of_any_name_that_an_adapter_takes_from_their_head(make_base, alone, tmp_path, kind, how):
+    """PEFT changes the input embeddings alone, though the base's output embeddings are tied to them."""
+    name, settings, module, embeddings = TIED[kind]
+    config = getattr(transformers, name)(vocab_size=64, hidden_size=32, tie_word_embeddings=True, **settings)
+    base = make_base(config, tmp_path / "base")
+    changed = {"target_modules": [module, embeddings]} if how == "LoRA" else {"modules_to_save": [embeddings]}
+    adapter = train(base, tmp_path / "adapter", seed=1, **{"target_modules": [module]} | changed)
+    other = train(base, tmp_path / "other", seed=2, target_modules=[module])
+    expected = logits(PeftModel.from_pretrained(load(base), adapter))
+    assert_logits(alone(base, adapter, other), expected)
+
+
+def test_causal_masks_that_old_checkpoints_carry(make_base, alone, tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    base = make_base(config, tmp_path / "base")
+    one, other = (perturb(base, tmp_path / f"{seed}", seed) for seed in (1, 2))
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(32, 32).tril()[None, None] for layer in (0, 1)}
+    save_file(weights_of(base) | masks, base / "model.safetensors", metadata={"format": "pt"})
+    assert_logits(alone(base, one, other), logits(load(one)))
+    with pytest.raises(InputError, match=r"the weights of a gpt2 are stored transposed.*use output.format: full"):
+        alone(base, one, other, "adapter", output={"format": "adapter", "rank": 4})
+
+
+@pytest.mark.parametrize("granularity", ["both", "layer"])
+def test_factors_of_the_head_have_the_coefficients_outside_the_layers(llama, recipe, merge, tmp_path, granularity):
+    base = llama / "base"
+    specialists = {}
+    for seed, name in enumerate(NAMES):
+        folder = train(base, tmp_path / name, seed, target_modules=["q_proj", "lm_head"])
+        factors = {key: own for key, own in load_file(folder / "adapter_model.safetensors").items() if "lora_" in key}
+        save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        specialists[name] = {"model": str(folder)}
+    coefficients = {"from": "embedding_signals", "granularity": granularity, "projections": 32}
+    coefficients["outside"] = {name: float(name == "protein") for name in NAMES}
+    content = recipe | {"base": str(base), "specialists": specialists, "space": "factors"}
+    merged = merge(content | {"coefficients": coefficients, "output": {"format": "full", "dtype": "float32"}})
+    expected = PeftModel.from_pretrained(load(base), specialists["protein"]["model"]).merge_and_unload().lm_head.weight
+    torch.testing.assert_close(weights_of(merged)["lm_head.weight"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_space_factors_names_what_is_no_factor(llama, alone, tmp_path):
+    base = llama / "base"
+    one, other = (train(base, tmp_path / f"{seed}", seed, target_modules=["q_proj", "lm_head"]) for seed in (1, 2))
+    with pytest.raises(InputError, match=r"also has base_model.model.lm_head.base_layer.weight; use space: weights"):
+        alone(base, one, other, space="factors")
+
+
+def test_an_adapter_without_linear_layers_beside_one_with(llama, alone, tmp_path):
+    """Where it changes nothing, there is nothing that an adapter could not hold."""
+    base = llama / "base"
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens"])
+    get_peft_model(load(base), config).save_pretrained(tmp_path / "untrained")
+    one = train(base, tmp_path / "one", 1, target_modules=["q_proj"])
+    merged = alone(base, one, tmp_path / "untrained", output={"format": "adapter"})
+    expected = logits(PeftModel.from_pretrained(load(base), one))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(load(base), merged)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="there is nothing to merge"):
+        alone(base, tmp_path / "untrained", tmp_path / "untrained", "nothing", output={"format": "adapter", "rank": 4})
