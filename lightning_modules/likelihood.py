@@ -17,6 +17,7 @@ from lightning_modules.shared_prefix import (
     has_free_positions,
     last_logits,
     last_positions,
+    plain_model,
     prefix_cache,
     split_prefix,
 )
@@ -107,7 +108,8 @@ class AnswerScorer:
 @contextmanager
 def _logits_in_float32(model: CausalLM) -> Iterator[None]:
     """Leave logits as exact as they are computed: rounded to bfloat16, many answers would be equally likely."""
-    head = model.get_output_embeddings()
+    # Soft tokens are put in by something that only stands in the model's place.
+    head = plain_model(model).get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32 or "forward" in vars(head):
         yield
         return

@@ -109,16 +109,21 @@ def _last_logits_unshifted(model: CausalLM, batch: SharedPrefixBatch, last: int)
     return logits.gather(1, (places - first)[:, :, None].expand(-1, -1, logits.shape[2]))
 
 
+def plain_model(model: CausalLM) -> Any:
+    """The LLM of transformers in a model that may have soft tokens put in, encoders or an adapter."""
+    # Soft tokens are put in by something that only stands in the model's place.
+    model = getattr(model, "model", model) if not isinstance(model, torch.nn.Module) else model
+    plain: Any = getattr(model, "language_model", model)
+    return plain.get_base_model() if isinstance(plain, PeftModel) else plain
+
+
 def has_free_positions(model: CausalLM) -> bool:
     """Whether a token may stand anywhere in a row, its position and what it sees being told by `position_ids` and mask.
 
     Then rows can be padded on the left, and go on from what others began with. Recurrent, convolutional and linear
     layers take the tokens as they come; ALiBi counts places in the row.
     """
-    # Soft tokens are put in by something that only stands in the model's place.
-    model = getattr(model, "model", model) if not isinstance(model, torch.nn.Module) else model
-    plain: Any = getattr(model, "language_model", model)
-    plain = plain.get_base_model() if isinstance(plain, PeftModel) else plain
+    plain = plain_model(model)
     config = plain.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ()
     return (

@@ -203,7 +203,7 @@ def test_all_stages_on_a_tiny_base(llama, places, few_samples, tmp_path, monkeyp
     told = next(
         line
         for line in lines
-        if line.startswith("| embedding matching | ") and f"{choice['gaps'][nearest]:.3f}" in line
+        if line.startswith("| embedding matching, equal terms | ") and f"{choice['gaps'][nearest]:.3f}" in line
     )
     assert f"{choice['scores'][nearest] - choice['scores'][choice['chosen']]:+.3f}" in told
 
