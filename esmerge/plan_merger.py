@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esmerge.coefficients import layer_coefficients
 from esmerge.deltas import Delta
+from esmerge.errors import InputError
 from esmerge.layer_inputs import Inputs
 from esmerge.merging import FixedCoefficients, Merger, SignalCoefficients, TensorStream, merge_to_delta
 from esmerge.methods import METHODS, Method
@@ -114,11 +115,26 @@ def positions_of(plan: Plan) -> Positions | None:
 
 
 def layer_alpha(plan: Plan, signals: EmbeddingSignals) -> Tensor:
-    """The layer-wise coefficients that the recipe makes of signals, float64 [S, L]."""
+    """The layer-wise coefficients that the recipe makes of signals, float64 [S, L].
+
+    Raises:
+        InputError: if distances or coefficients are no numbers.
+    """
     settings = plan.recipe.coefficients
     assert isinstance(settings, SignalsRecipe)
+    if not signals.distances.isfinite().all():
+        raise InputError(
+            f"distances between embeddings are beyond all numbers with coefficients.p = {settings.p:g}: make it "
+            "smaller."
+        )
     own = range(len(plan.specialists))
-    return layer_coefficients(signals.distances, own, settings.alpha, settings.temperature)
+    alpha = layer_coefficients(signals.distances, own, settings.alpha, settings.temperature)
+    if not alpha.isfinite().all():
+        raise InputError(
+            f"no numbers come of coefficients.alpha = {settings.alpha:g} and temperature = {settings.temperature:g}: "
+            "alpha must be smaller, or temperature larger."
+        )
+    return alpha
 
 
 def _warn_of_averaged(plan: Plan, matched: Collection[str]) -> None:

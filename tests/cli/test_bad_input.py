@@ -130,6 +130,16 @@ def base_with_numbers_that_do_not_fit(inputs):
     inputs.change_json("base/config.json", num_attention_heads=5, head_dim=None)
 
 
+@case("with coefficients.p = 500", "smaller")
+def distances_beyond_all_numbers(inputs):
+    inputs.recipe["coefficients"] |= {"p": 500.0}
+
+
+@case("coefficients.alpha = 1e+308", "alpha must be smaller")
+def coefficients_that_are_no_numbers(inputs):
+    inputs.recipe["coefficients"] |= {"alpha": 1e308}
+
+
 @case("base: the tokenizer", "cannot be loaded")
 def tokenizer_that_cannot_be_read(inputs):
     inputs.change_json("base/tokenizer.json", model={"type": "Nonesuch"})
