@@ -13,6 +13,14 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of the machine, did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "DefaultCPUAllocator" in text)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can be taken on a device."""
     if device.type == "cuda":

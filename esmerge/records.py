@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from esmerge import results
-from esmerge.checkpoint import Checkpoint
+from esmerge.checkpoint import Checkpoint, weights_stem
 from esmerge.encoders import encoder_hash, encoders_of
 from esmerge.errors import InputError
 from esmerge.merging import Merger
@@ -69,19 +69,24 @@ def pinned_inputs(plan: Plan) -> dict[str, Any]:
     return inputs
 
 
-def model_hash(folder: Path) -> str:
-    """`xxh3:<hex>` of weights, configuration, tokenizer and encoders; not of cards, results or records beside them."""
-    hashes = [checkpoint_hash(folder)]
+def model_hashes(folder: Path) -> tuple[str, str]:
+    """`xxh3:<hex>` of weights, configuration, tokenizer and encoders, and of weights and encoders alone.
+
+    Neither is of cards, results or records beside them; the second stays when a configuration names another base.
+    """
+    with Checkpoint.open(folder, weights_stem(folder)) as checkpoint:
+        whole, weights = content_hash(folder, checkpoint), f"xxh3:{checkpoint.content_hash()}"
+    hashes: list[str] = []
     for modality in sorted((folder / MODALITIES_FOLDER).glob("*")):
         has_weights = any(modality.glob(f"{WEIGHTS_STEM}*.safetensors"))
         own = checkpoint_hash(modality, WEIGHTS_STEM) if has_weights else content_hash(modality)
         others = sorted(file for file in modality.glob("*.safetensors") if not file.name.startswith(WEIGHTS_STEM))
         hashes += [modality.name, own, *map(content_hash, others)]
-    return hash_of_parts(hashes)
+    return hash_of_parts([whole, *hashes]), hash_of_parts([weights, *hashes])
 
 
 def hash_of_parts(hashes: Sequence[str]) -> str:
-    """The `model_hash` of a model whose weights, and whose modalities' names and weights, have these."""
+    """One of the `model_hashes` of a model whose weights, and whose modalities' names and weights, have these."""
     import xxhash
 
     return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(list(hashes)).encode())}"

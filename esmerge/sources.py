@@ -143,9 +143,9 @@ def content_hash(path: Path, weights: Checkpoint | None = None) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    found = [path] if path.is_file() else sorted(file for suffix in SMALL_FILES for file in path.glob(f"*{suffix}"))
+    small = sorted(file for suffix in SMALL_FILES for file in path.glob(f"*{suffix}"))
     # A licence that is put beside a model makes it no other one.
-    files = [file for file in found if not file.name.lower().startswith(("licen", "notice"))]
+    files = [path] if path.is_file() else [f for f in small if not f.name.lower().startswith(("licen", "notice"))]
     buffer = memoryview(bytearray(1 << 20))
     for file in files:
         digest.update(file.name.encode())

@@ -257,7 +257,9 @@ def _assemble(metadata: Mapping[str, Any], sections: Mapping[str, str], state: M
 def _metadata(
     model: MergedModel, parents: Sequence[Parent], licence: Licence | None, results: Sequence[TaskResults], name: str
 ) -> dict[str, Any]:
-    ids = [parent.repo_id for parent in (parents[:1] if model.is_adapter else parents) if parent.repo_id]
+    # The model tree has what it was merged from, of which an encoder is no one.
+    merged = [parent for parent in (parents[:1] if model.is_adapter else parents) if not parent.is_encoder]
+    ids = [parent.repo_id for parent in merged if parent.repo_id]
     scores = eval_results(results)
     library = "peft" if model.is_adapter else "transformers"
     tags = [*(["lora"] if model.is_adapter else []), "merge", "esmerge"]

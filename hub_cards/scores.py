@@ -8,7 +8,7 @@ from huggingface_hub.utils import yaml_dump
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from esmerge.errors import InputError
-from esmerge.records import hash_of_parts, model_hash
+from esmerge.records import hash_of_parts, model_hashes
 from esmerge.sources import read_json
 from esmerge.yaml_files import first_error
 from hub_cards.merged_model import MergedModel
@@ -81,6 +81,7 @@ class Settings(_Read):
 
 class _Model(_Read):
     hash: str | None = None
+    weights: str | None = None
     commit: str | None = None
     base: "_Model | None" = None
 
@@ -133,7 +134,7 @@ def read_results(model: MergedModel) -> list[TaskResults]:
     found: list[TaskResults] = []
     recipe = portable_recipe(model.recipe)
     files = sorted((model.folder / RESULTS_FOLDER).glob("*.json"))
-    weights = model_hash(model.folder) if files else None
+    weights = model_hashes(model.folder)[1] if files else None
     for file in files:
         try:
             results = TaskResults.model_validate(read_json(file))
@@ -142,10 +143,10 @@ def read_results(model: MergedModel) -> list[TaskResults]:
             raise InputError(f"{file}: {sentence} Evaluate the model again, or move the file away.") from error
         if results.esmerge is not None and portable_recipe(results.esmerge) != recipe:
             raise InputError(f"{file} is of another merge: evaluate this model, or move the file away.")
-        if results.model.hash not in (None, weights):
+        if results.model.weights not in (None, weights):
             raise InputError(
-                f"{file} is of other weights, configuration or tokenizer than {model.folder} holds: evaluate this "
-                "model again, or move the file away."
+                f"{file} is of other weights than {model.folder} holds: evaluate this model again, or move the file "
+                "away."
             )
         if results.model.base is not None and not _is_base(results.model.base, model.record["inputs"]["base"]):
             raise InputError(

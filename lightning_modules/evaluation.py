@@ -14,10 +14,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
+from esmerge.memory import is_out_of_memory
 from esmerge.mllm import MllmForConditionalGeneration
 from lightning_modules.evaluation_data import EvaluatedTask, PromptBatch
 from lightning_modules.likelihood import AnswerScorer
-from lightning_modules.memory import bytes_per_row, first_batch_size, is_out_of_memory, release_memory
+from lightning_modules.memory import bytes_per_row, first_batch_size, release_memory
 from lightning_modules.sample_log import Record
 from lightning_modules.sharding import shard_llm
 from lightning_modules.shared_prefix import has_free_positions, pad_left
@@ -193,6 +194,10 @@ class Evaluation(LightningModule):
         """The smallest of all ranks' numbers."""
         return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="min"))
 
+    def _most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        return -self._least(-number)
+
     def answer(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
         """Records of some samples; where memory does not suffice for all at once, of halves of them."""
         try:
@@ -246,8 +251,19 @@ class Evaluation(LightningModule):
         ]
 
     def _generate(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
-        if len(samples) > 1 and not has_free_positions(self.llm):
-            return [record for sample in samples for record in self._generate(task, [sample])]
+        if not has_free_positions(self.llm):
+            return self._generate_one_by_one(task, samples)
+        return self._generate_together(task, samples)
+
+    def _generate_one_by_one(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
+        """For models whose rows cannot be padded."""
+        # Ranks that share weights run the model equally often.
+        calls = self._most(len(samples)) if self.sharded else len(samples)
+        asked = [*samples, *[samples[-1]] * (calls - len(samples))]
+        records = [self._generate_together(task, [sample])[0] for sample in asked]
+        return records[: len(samples)]
+
+    def _generate_together(self, task: EvaluatedTask, samples: Sequence[int]) -> list[Record]:
         prompts, reader = self._read(task, samples)
         ids, mask = (tensor.to(self.device) for tensor in pad_left(prompts))
         # Of embeddings, transformers gives back the new tokens alone; not all models take them.

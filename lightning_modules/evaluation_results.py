@@ -16,7 +16,7 @@ import yaml
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.hub import is_commit, split_reference
-from esmerge.records import model_hash
+from esmerge.records import model_hashes
 from esmerge.remote_code import code_files
 from esmerge.results import RECORD_FILE, versions, write_whole
 from esmerge.sources import Source, content_hash, read_json
@@ -49,7 +49,7 @@ def describe_model(source: Source, base: Source | None) -> dict[str, Any]:
     found: dict[str, Any] = {"name": source.folder.resolve().name}
     if source.commit is not None:
         found = {"name": source.reference, "commit": source.commit}
-    found["hash"] = model_hash(source.folder)
+    found["hash"], found["weights"] = model_hashes(source.folder)
     if code := code_files(source.folder):
         found["code"] = content_digest([content_hash(file) for file in code])
     if base is not None:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import Cache
 
@@ -105,11 +107,22 @@ class AnswerScorer:
         return cache
 
 
+def _linear_head(head: Any) -> Any:
+    """The linear layer in output embeddings that PEFT saves whole or has put factors on."""
+    while True:
+        if isinstance(head, ModulesToSaveWrapper):
+            head = head.modules_to_save[head.active_adapter]
+        elif isinstance(head, BaseTunerLayer):
+            head = head.get_base_layer()
+        else:
+            return head
+
+
 @contextmanager
 def _logits_in_float32(model: CausalLM) -> Iterator[None]:
     """Leave logits as exact as they are computed: rounded to bfloat16, many answers would be equally likely."""
     # Soft tokens are put in by something that only stands in the model's place.
-    head = plain_model(model).get_output_embeddings()
+    head = _linear_head(plain_model(model).get_output_embeddings())
     if type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32 or "forward" in vars(head):
         yield
         return

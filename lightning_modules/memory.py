@@ -14,14 +14,6 @@ MOST_ROWS_ELSEWHERE = 256
 _USABLE_SHARE = 0.6
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a GPU or of the machine, did not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "DefaultCPUAllocator" in text)
-
-
 def release_memory() -> None:
     """Give back what a computation that failed has left."""
     gc.collect()

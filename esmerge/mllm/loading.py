@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from esmerge.checkpoint import Checkpoint
 from esmerge.errors import InputError, first_line, some_of
+from esmerge.memory import is_out_of_memory
 from esmerge.mllm.configuration_mllm import MllmConfig
 from esmerge.mllm.modeling_mllm import MllmForConditionalGeneration
 from esmerge.mllm.processing_mllm import MllmProcessor, open_modalities
@@ -21,7 +22,7 @@ from esmerge.remote_code import check_remote_code
 from esmerge.sources import is_on_hub, read_json, resolve
 from esmerge.tokenizer import load_tokenizer
 
-_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
+_TWICE = re.compile(r"\.(modules_to_save|original_module|token_adapter)\.")
 
 
 def load_model(
@@ -97,9 +98,9 @@ def _whole(kind: Any, folder: Path, options: Mapping[str, Any]) -> Any:
     """A model of transformers with every tensor from its files, where `from_pretrained` makes up what is missing."""
     try:
         model, loaded = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{folder} cannot be loaded as a causal language model: {first_line(error)}.") from error
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(
@@ -130,6 +131,10 @@ def _load_adapter(
         # Once more for what `from_pretrained` does not give back: which tensors had no place.
         mapping = getattr(llm, "_checkpoint_conversion_mapping", {})
         fit = adapted.load_adapter(folder, adapted.active_adapter, autocast_adapter_dtype=False, key_mapping=mapping)
+    except KeyError as error:
+        raise InputError(
+            f"the adapter {folder} has no {error.args[0]}, which its adapter_config.json promises: save it whole."
+        ) from error
     except (RuntimeError, ValueError) as error:
         # PEFT's ways to say that shapes, or names of modules, are others.
         if not any(said in str(error) for said in ("size mismatch", "not found in the base model")):
@@ -138,8 +143,8 @@ def _load_adapter(
             f"the adapter {folder} does not fit the base {base}, whose tensors have other names or shapes: give the "
             "base that it was trained on."
         ) from error
-    missing = sorted(name.replace(f".{adapted.active_adapter}.", ".") for name in fit.missing_keys)
-    # PEFT may store a module that it saves whole twice, and the one before it.
+    missing = sorted(name.replace(f".{adapted.active_adapter}.", ".") for name in fit.missing_keys if "lora_" in name)
+    # PEFT may store a module that it saves whole twice, and the one before it; of tied embeddings, tokens at both ends.
     if unknown := sorted(name for name in fit.unexpected_keys if not _TWICE.search(name)):
         example = f", as in {missing[0]}" if missing else ""
         raise InputError(
@@ -147,23 +152,29 @@ def _load_adapter(
             f"the names that PEFT has for this base{example}."
         )
     if missing:
-        raise InputError(f"the adapter {folder} has no {some_of(missing)}, which its config promises: save it whole.")
+        raise InputError(
+            f"the adapter {folder} has no {some_of(missing)}, which its adapter_config.json promises: save it whole."
+        )
     processor = load_processor(folder, base, trusted)
     return assemble(adapted, processor, _load_encoders(folder, processor, llm)).eval(), processor
 
 
 def _grow_vocabulary(llm: PreTrainedModel, folder: Path) -> None:
-    """Give a base the rows of embeddings that an adapter which stores them whole has more than it."""
+    """Give a base the rows of embeddings that an adapter which stores all of them has more than it."""
     if not (folder / "adapter_model.safetensors").exists():
         return
-    both = (llm.get_input_embeddings(), llm.get_output_embeddings())
-    modules = [name for name, module in llm.named_modules() if any(module is own for own in both)]
-    own = Checkpoint.open(folder, "adapter_model")
-    parts = ("", "base_layer.", "modules_to_save.")
-    stored = (f"base_model.model.{name}.{part}weight" for name in modules for part in parts)
-    rows = max((own.info(name).shape[0] for name in stored if name in own), default=0)
-    if rows > both[0].weight.shape[0]:
-        llm.resize_token_embeddings(rows, mean_resizing=False)
+    embeddings, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    ends = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+    rows = []
+    with Checkpoint.open(folder, "adapter_model") as own:
+        for end in ends:
+            module = next(name for name, module in llm.named_modules() if module is end)
+            parts = ("", "base_layer.", "modules_to_save.", "token_adapter.base_layer.")
+            stored = (f"base_model.model.{module}.{part}weight" for part in parts)
+            rows.append(max((own.info(name).shape[0] for name in stored if name in own), default=0))
+    # Rows that it does not store would be random numbers.
+    if min(rows) > embeddings.weight.shape[0]:
+        llm.resize_token_embeddings(min(rows), mean_resizing=False)
 
 
 def _load_encoders(folder: Path, processor: MllmProcessor, llm: PreTrainedModel) -> dict[str, Encoder]:

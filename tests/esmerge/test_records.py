@@ -7,6 +7,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from esmerge.sources import checkpoint_hash, content_hash
+
 NAMES = ["molecule", "protein", "cell"]
 
 
@@ -124,3 +126,18 @@ def test_changed_encoder(multimodal, recipe, esmerge, tmp_path):
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     code, _, err = esmerge("merge", tmp_path / "merged" / "esmerge.yaml", "-o", tmp_path / "again", "--quiet")
     assert code == 2 and "specialists.molecule: the encoder is not what it was" in err
+
+
+def test_a_licence_makes_a_folder_no_other_one_but_counts_as_a_file(llama, tmp_path):
+    folder = shutil.copytree(llama / "molecule", tmp_path / "adapter")
+    before = checkpoint_hash(folder)
+    (folder / "LICENSE.txt").write_text("Do what you like.")
+    assert checkpoint_hash(folder) == before
+    (folder / "notes.txt").write_text("Trained on Tuesday.")
+    assert checkpoint_hash(folder) != before
+    items = [tmp_path / "licensed_drugs.txt", tmp_path / "notices.txt"]
+    for file, text in zip(items, ("CCO", "CCN"), strict=True):
+        file.write_text(text)
+    first = content_hash(items[0])
+    items[0].write_text("CCC")
+    assert len({first, *map(content_hash, items)}) == 3

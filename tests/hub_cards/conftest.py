@@ -67,7 +67,7 @@ def from_hub(connected, put_parents, llama, recipe, tmp_path):
 def results():
     """A function that writes results/<task>.json as `esmerge evaluate` does, with some fields changed."""
 
-    from esmerge.records import model_hash
+    from esmerge.records import model_hashes
 
     def write(folder, name="b3db", **changes):
         content = {
@@ -83,7 +83,7 @@ def results():
                 "choices": ["Yes", "No"],
                 "baselines": [{"model": "ES-Merging", "metric": "accuracy", "value": 0.66, "source": "arXiv 1"}],
             },
-            "model": {"name": "merged", "hash": model_hash(folder)},
+            "model": {"name": "merged", "hash": model_hashes(folder)[0], "weights": model_hashes(folder)[1]},
             "samples": 748,
             "scores": {
                 "auroc": {"value": 0.8761, "low": 0.8512, "high": 0.9},

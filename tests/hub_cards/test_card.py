@@ -381,7 +381,7 @@ def test_folders_that_no_card_can_be_made_of(merge, recipe, esmerge, break_, par
         ({"scores": {"accuracy": {"value": "high"}}}, "scores.accuracy.value is 'high'"),
         ({"scores": {"accuracy": {"value": 81.0}}}, "accuracy is 81.0, expected a number from -1 to 1"),
         ({"esmerge": {"base": "other"}}, "is of another merge"),
-        ({"model": {"hash": "xxh3:2"}}, "is of other weights"),
+        ({"model": {"weights": "xxh3:2"}}, "is of other weights"),
         ({"model": {"base": {"name": "other", "hash": "xxh3:3"}}}, "on another base"),
     ],
 )

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -104,6 +104,17 @@ def test_an_adapter_whose_tensors_have_no_place(esmerge, llama, write_task, tmp_
         assert f"as in {place.replace('layers.1', 'layers.0')}" in said
     else:
         assert f"the adapter {adapter} has no {place}, " in said
+
+
+def test_an_adapter_without_a_module_that_it_saves_whole(esmerge, llama, write_task, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(llama / "base")
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = {name: own for name, own in load_file(file).items() if "lm_head" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    said = fails(esmerge, tmp_path / "adapter", "--base", llama / "base", "--task", write_task(5))
+    assert "has no base_model.model.lm_head" in said and "save it whole" in said
 
 
 def test_an_adapter_that_is_none_of_weights(esmerge, llama, write_task, tmp_path):

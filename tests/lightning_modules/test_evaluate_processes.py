@@ -63,6 +63,28 @@ def test_many_devices_give_what_one_gives(run, write_task, results_of, tmp_path)
             assert second["settings"]["devices"] == 2
 
 
+def test_ranks_that_share_weights_generate_equally_often(run, write_task, text_model, make_base, tmp_path):
+    """Rows of a model with ALiBi are not padded but read one by one, of which ranks have 4 and 3 here."""
+    from transformers import AutoTokenizer, BloomConfig
+
+    vocabulary = len(AutoTokenizer.from_pretrained(text_model))
+    make_base(BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4), text_model)
+    arguments = [
+        "--task",
+        write_task(7, max_new_tokens=3),
+        "--batch-size",
+        4,
+        "--accelerator",
+        "cpu",
+        "--score",
+        "generate",
+    ]
+    run(*arguments, "-o", tmp_path / "one")
+    run(*arguments, "--devices", 2, "--strategy", "fsdp", "-o", tmp_path / "two")
+    one, two = (tmp_path / name / "results" / "toy.jsonl" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_what_stops_one_process_is_said_once(start, write_task, text_model):
     """One sample, whose turn is late and with the second process, makes the model say NaN."""
     from safetensors.torch import load_file, save_file

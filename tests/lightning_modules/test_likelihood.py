@@ -106,6 +106,14 @@ def test_probabilities_of_all_tokens_add_up_to_one(tiny_llama):
     torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(len(scores)))
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_answers_do_not_tie_where_an_adapter_changes_the_head(tiny_llama, settings):
+    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | settings)
+    model = get_peft_model(tiny_llama.to(torch.bfloat16), config, autocast_adapter_dtype=False).eval()
+    scores = answer_log_likelihoods(model, make_prompts(common=3), [[token] for token in range(64)])
+    assert all(len(row.unique()) == 64 for row in scores)
+
+
 @pytest.mark.parametrize("common", [0, 5])
 def test_answers_do_not_tie_because_logits_are_rounded(tiny_llama, common):
     """In bfloat16, answers are told apart as exactly as what the head reads tells them apart."""
