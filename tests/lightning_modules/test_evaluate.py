@@ -442,7 +442,7 @@ def test_code_of_a_base_on_the_hub_is_no_reason_to_begin_anew(
     base = shutil.copytree(llama / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
-    (base / "own.py").write_text("from transformers import LlamaConfig as OwnConfig\n")
+    (base / "own.py").write_text("from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    pass\n")
     on_hub(base, "lab/base")
     adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
     arguments = ("evaluate", adapter, "--base", "lab/base", "--task", write_task(5), "--quiet", "--trust-remote-code")
