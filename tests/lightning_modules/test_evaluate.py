@@ -436,13 +436,25 @@ def test_a_push_while_it_runs_changes_nothing(
     assert [results["model"]["commit"] for results, _ in found] == [commit, commit]
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
 def test_code_of_a_base_on_the_hub_is_no_reason_to_begin_anew(
     esmerge, connected, on_hub, llama, write_task, results_of, tmp_path
 ):
     base = shutil.copytree(llama / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
-    (base / "own.py").write_text("from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    pass\n")
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    (base / "own.py").write_text(OWN_CODE)
     on_hub(base, "lab/base")
     adapter = shutil.copytree(llama / "molecule", tmp_path / "adapter")
     arguments = ("evaluate", adapter, "--base", "lab/base", "--task", write_task(5), "--quiet", "--trust-remote-code")
