@@ -46,7 +46,7 @@ def _thin_basis(matrix: Tensor) -> Tensor | None:
 def _by_matrix(
     deltas: Sequence[Tensor], weights: Tensor, merge: Callable[[Sequence[Tensor], Tensor], Tensor]
 ) -> Tensor:
-    """Merge matrices, or such tensors of matrices [E, m, n]; average whatever has but one column or row."""
+    """Merge matrices, or those of a tensor [E, m, n] one by one; average whatever else, as kernels [H, 1, k]."""
     shape = deltas[0].shape
     if len(shape) < 2 or len(shape) > 3 or (len(shape) == 3 and 1 in shape[1:]):
         return average(deltas, weights)

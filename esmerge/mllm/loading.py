@@ -22,6 +22,7 @@ from esmerge.remote_code import check_remote_code
 from esmerge.sources import is_on_hub, read_json, resolve
 from esmerge.tokenizer import load_tokenizer
 
+# In the names of tensors that PEFT stores beside those that it loads.
 _TWICE = re.compile(r"\.(modules_to_save|original_module|token_adapter)\.")
 
 
