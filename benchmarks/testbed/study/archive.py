@@ -20,7 +20,7 @@ from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import CHOOSING_SEED
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
-from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.specialists import TRAININGS
 from esmerge.errors import InputError
 from esmerge.results import COEFFICIENTS_FILE, RECORD_FILE, write_whole
 from lightning_modules.evaluation_results import RESULTS_FOLDER
@@ -46,7 +46,7 @@ def pack(places: Places, folder: Path) -> list[Path]:
     Raises:
         InputError: if an archive holds more than is there now.
     """
-    parts = {f"test-{seed}": [places.test(seed, "any").parent, places.training(seed, "any").parent] for seed in SEEDS}
+    parts = {f"test-{own}": [places.test(own, "any").parent, places.training(own, "any").parent] for own in TRAININGS}
     parts["validation"] = [places.validation("any").parent, places.probe_size("any", 0).parent.parent]
     packed = {name: [file for part in own for file in _results(places, part)] for name, own in parts.items()}
     packed[f"specialists-{SPECIALISTS_SEED}"] = list(_specialists(places))

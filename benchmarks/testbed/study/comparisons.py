@@ -57,17 +57,17 @@ class Difference:
 
 
 def resampled(places: Places, found: Found) -> Resampled:
-    """The scores of all complete rows over resamples of the test samples."""
+    """The scores of all complete rows, of all trainings, over resamples of the test samples."""
     return {
         name: {seed: resampled_scores(places.test(seed, name), _COUNTED) for seed in seeds}
-        for name, seeds in found.scores.items()
+        for name, seeds in found.all_scores.items()
         if name in {*MERGES, *TRAINED}
     }
 
 
 def compare(found: Found, drawn: Resampled, ours: str, theirs: str, seeds: Sequence[int]) -> Difference | None:
     """One row against another, over those of the trainings that both have; None if there are none."""
-    first, second = (found.scores.get(name, {}) for name in (ours, theirs))
+    first, second = (found.all_scores.get(name, {}) for name in (ours, theirs))
     common = [seed for seed in seeds if seed in first and seed in second]
     if not common:
         return None
@@ -114,8 +114,8 @@ def distinct_merges(found: Found) -> list[str]:
 
 
 def compare_with_all(found: Found, drawn: Resampled, ours: str) -> dict[str, Difference]:
-    """A row against every other merge and what was trained further, over all trainings."""
-    seeds = list(found.scores.get(ours, {}))
+    """A row against every other merge, over the trainings that rank them, and against what was trained further."""
+    ranked, every = (list(scores.get(ours, {})) for scores in (found.scores, found.all_scores))
     others = [name for name in (*distinct_merges(found), *TRAINED) if name != ours]
-    pairs = {name: compare(found, drawn, ours, name, seeds) for name in others}
+    pairs = {name: compare(found, drawn, ours, name, every if name in TRAINED else ranked) for name in others}
     return {name: own for name, own in pairs.items() if own}

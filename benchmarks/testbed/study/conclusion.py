@@ -9,7 +9,6 @@ from benchmarks.testbed.study.jobs import AS_PUBLISHED
 from benchmarks.testbed.study.results import Found, best_on_validation, cross, overall, preservation, specialists_of
 from benchmarks.testbed.study.rows import MATCHING, ROWS
 from benchmarks.testbed.study.scoring import DEVELOPED_ON
-from benchmarks.testbed.study.specialists import SEEDS
 from benchmarks.testbed.study.statistics import holm
 from benchmarks.testbed.study.table_rows import MERGES, TITLES, TRAINED
 from benchmarks.testbed.study.tasks import TASKS
@@ -62,7 +61,7 @@ def conclusion(found: Found, drawn: Resampled) -> str:
     )
     if learnt := [f"{TITLES[name]} {_told_of_each(differences[name])}" for name in TRAINED if name in differences]:
         lines.append(f"Against what learns all tasks from labels: {'; '.join(learnt)}.")
-    untouched = [seed for seed in SEEDS if seed not in DEVELOPED_ON]
+    untouched = [seed for seed in trainings[ours] if seed not in DEVELOPED_ON]
     strict = compare(found, drawn, ours, plain, untouched)
     if strict:
         numbers = " and ".join(map(str, untouched))
@@ -83,7 +82,7 @@ def conclusion(found: Found, drawn: Resampled) -> str:
 
 
 def _published(found: Found, drawn: Resampled, means: dict[str, float], order: list[str]) -> str:
-    difference = compare(found, drawn, AS_PUBLISHED, PLAIN_AVERAGE, SEEDS)
+    difference = compare(found, drawn, AS_PUBLISHED, PLAIN_AVERAGE, list(found.scores[AS_PUBLISHED]))
     assert difference is not None
     place = f"{order.index(AS_PUBLISHED) + 1} of {len(order)} merges"
     side = (

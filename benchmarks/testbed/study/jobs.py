@@ -36,6 +36,7 @@ from benchmarks.testbed.study.scoring import (
 from benchmarks.testbed.study.specialists import (
     RANK,
     SEEDS,
+    TUNED_SEEDS,
     joint_recipe,
     training_recipe,
     tuning_recipe,
@@ -53,6 +54,8 @@ DONE_FILE = "done"
 BASE, JOINT, TUNED, AS_PUBLISHED = "base", "joint", "tuned", "published"
 # Whether a row composes what it knows about both partners is asked of these.
 _CONTROLLED = ("uniform", "tsv", "es_both_factors", REGMEAN_OWN_PROMPTS, *MATCHING)
+# Compared with what was trained further, so they have a result wherever that has one.
+_BESIDE_TUNED = ("es_element", MERGED_LAYERS, REGMEAN_OWN_PROMPTS)
 
 PROBE_SIZES = (8, 32, 100, 330)
 # A training of which nothing was chosen.
@@ -102,6 +105,9 @@ def all_jobs(places: Places, base: Path) -> dict[str, Job]:
     for seed in order:
         jobs += _of_seed(places, base, seed)
     jobs += _probe_sizes(places, base)
+    for seed in TUNED_SEEDS:
+        if seed not in SEEDS:
+            jobs += _beside_tuned(places, base, seed)
     for seed in SEEDS:
         jobs += _joint(places, base, seed)
     return {job.name: job for job in jobs}
@@ -126,14 +132,31 @@ def _of_seed(places: Places, base: Path, seed: int) -> list[Job]:
     jobs = trained
     if seed == CHOOSING_SEED:
         jobs.append(_test(places, base, BASE, places.test(seed, BASE), ()))
-    for modality in MODALITIES:
-        jobs.append(_test_of_trained(places, base, seed, modality, (f"{modality}-{seed}",), (modality,)))
+    jobs += _tests_of_specialists(places, base, seed)
     for own in ROWS:
         needs = (*specialists, f"choice/{own.name}") if len(own.variants) > 1 else specialists
         jobs.append(_test_of_row(places, base, seed, own.name, None, own.name, needs))
     jobs.append(_test_of_row(places, base, seed, PUBLISHED, PUBLISHED_VARIANT, AS_PUBLISHED, specialists))
-    jobs += _tuned(places, base, seed, specialists)
+    if seed in TUNED_SEEDS:
+        jobs += _tuned(places, base, seed, specialists)
     return jobs
+
+
+def _beside_tuned(places: Places, base: Path, seed: int) -> list[Job]:
+    """Of a training that is there for what is trained further: that, and what it is compared with."""
+    trained = _trainings(places, base, seed)
+    specialists = tuple(job.name for job in trained)
+    tested = [
+        _test_of_row(places, base, seed, name, None, name, (*specialists, f"choice/{name}"), controlled=False)
+        for name in _BESIDE_TUNED
+    ]
+    published = _test_of_row(places, base, seed, PUBLISHED, PUBLISHED_VARIANT, AS_PUBLISHED, specialists)
+    tuned = _tuned(places, base, seed, specialists)
+    return [*trained, *_tests_of_specialists(places, base, seed), *tuned, *tested, published]
+
+
+def _tests_of_specialists(places: Places, base: Path, seed: int) -> list[Job]:
+    return [_test_of_trained(places, base, seed, name, (f"{name}-{seed}",), (name,)) for name in MODALITIES]
 
 
 def _choice(places: Places, base: Path, own: Row, kind: str, needs: tuple[str, ...]) -> Job:
@@ -143,13 +166,21 @@ def _choice(places: Places, base: Path, own: Row, kind: str, needs: tuple[str, .
 
 
 def _test_of_row(
-    places: Places, base: Path, seed: int, name: str, variant: str | None, output: str, needs: tuple[str, ...]
+    places: Places,
+    base: Path,
+    seed: int,
+    name: str,
+    variant: str | None,
+    output: str,
+    needs: tuple[str, ...],
+    controlled: bool = True,
 ) -> Job:
     own = row(name)
+    control = controlled and output in _CONTROLLED
 
     def run() -> None:
         chosen = variant or chosen_variant(places, own)
-        score_row(places, base, seed, own, chosen, places.test(seed, output), control=output in _CONTROLLED)
+        score_row(places, base, seed, own, chosen, places.test(seed, output), control)
 
     return Job(f"test/{seed}/{output}", places.test(seed, output) / MERGE_FILE, run, needs)
 

@@ -73,19 +73,19 @@ def scores_table(found: Found) -> str:
         "kept above chance",
         "cross-modality",
         "overall",
-        "seeds",
+        "trainings",
     ]
     rows = []
     for name, title in TITLES.items():
         seeds = found.scores.get(name, {})
         if not seeds:
-            rows.append([title, *[NOTHING] * (len(header) - 2), "0"])
+            rows.append([title, *[NOTHING] * (len(header) - 1)])
             continue
         tasks = [f"{fmean(own[task.name] for own in seeds.values()):.3f}" for task in TASKS]
         known = [(own, s) for seed, own in seeds.items() if (s := specialists_of(found, seed))]
         kept = [[preservation(own, s, above) for own, s in known] for above in (False, True)]
         means = [_with_interval(values) for values in (*kept, _map(cross, seeds), _map(overall, seeds))]
-        rows.append([title, *tasks, *means, str(len(seeds))])
+        rows.append([title, *tasks, *means, ", ".join(map(str, seeds))])
     return markdown_table(header, rows)
 
 
@@ -265,8 +265,9 @@ def page(places: Places, readme: Path, figures: Path) -> None:
     resamples = resampled(places, found)
     parts = [
         "### Scores on test data",
-        f"Means over those of the {len(SEEDS)} trainings of the specialists of which all merges have results (last "
-        "column), with 95 % intervals (Student's t) over them; of one or two, each by itself.",
+        f"Means over those of the {len(SEEDS)} trainings of the specialists of which all merges have results, with "
+        "95 % intervals (Student's t) over them; of one or two, each by itself. A row that lacks one of these has the "
+        "trainings in its last column.",
         scores_table(found),
         *(_paired(found, resamples, name) for name in _compared(found)),
         "### Settings, and how they were chosen",

@@ -12,7 +12,7 @@ from benchmarks.testbed.study.jobs import DONE_FILE
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import ROWS, VARIATIONS
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE, chosen_variant, read_inputs
-from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.specialists import TRAININGS
 from esmerge.errors import InputError
 from esmerge.results import RECORD_FILE
 from esmerge.sources import read_json
@@ -45,7 +45,7 @@ def data_table(places: Places) -> str:
 def trainings_table(places: Places) -> str:
     """Of every model that was trained: its weights, steps and minutes."""
     rows = []
-    for seed in SEEDS:
+    for seed in TRAININGS:
         for file in sorted(places.training(seed, "any").parent.glob("*.yaml"), key=_place):
             record = yaml.safe_load(file.read_text(encoding="utf-8"))
             samples = ", ".join(f"{task} {count}" for task, count in record["samples"].items())
@@ -57,7 +57,7 @@ def trainings_table(places: Places) -> str:
 
 def check_specialists(places: Places) -> None:
     """Raise `InputError` if results of one seed are of different trainings of its specialists."""
-    for seed in SEEDS:
+    for seed in TRAININGS:
         known: dict[str, tuple[str, Path]] = {}
         for file, hashes in _made_of(places, seed):
             for name, digest in hashes.items():
@@ -90,7 +90,7 @@ def _made_of(places: Places, seed: int) -> Iterator[tuple[Path, dict[str, str]]]
 def check_settings(places: Places) -> None:
     """Raise `InputError` if test data was asked of a setting that is not the one that validation data chose."""
     for own in ROWS:
-        for seed in SEEDS:
+        for seed in TRAININGS:
             file = places.test(seed, own.name) / MERGE_FILE
             if not file.exists() or (
                 len(own.variants) > 1 and not (places.validation(own.name) / CHOICE_FILE).exists()

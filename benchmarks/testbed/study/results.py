@@ -12,7 +12,7 @@ from benchmarks.testbed.results_table import TaskScore, first_scores
 from benchmarks.testbed.study.places import Places
 from benchmarks.testbed.study.rows import CHOOSING_SEED, row
 from benchmarks.testbed.study.scoring import CHOICE_FILE, MERGE_FILE
-from benchmarks.testbed.study.specialists import SEEDS
+from benchmarks.testbed.study.specialists import TRAININGS
 from benchmarks.testbed.study.tasks import CROSS, OWN, SHUFFLED, TASKS
 from esmerge.sources import read_json
 from lightning_modules.evaluation_results import read_results, results_file
@@ -27,12 +27,13 @@ class Found:
     """All results.
 
     Attributes:
-        scores: row -> seed -> task -> score on test data; of complete rows only.
+        scores: row -> seed -> task -> score on test data; of complete rows only, and of trainings that they share.
         controls: row -> seed -> task -> score with shuffled partners.
         choices: row or variation -> setting -> mean score on validation data.
         gaps: row or variation -> setting -> gap between merged embeddings and the specialists'.
         probe_sizes: row -> samples -> mean score on validation data.
         seconds: row -> seed -> how long merging took.
+        all_scores: the same as `scores`, of all trainings.
     """
 
     scores: dict[str, dict[int, Scores]]
@@ -41,6 +42,7 @@ class Found:
     gaps: dict[str, dict[str, float]]
     probe_sizes: dict[str, dict[int, float]]
     seconds: dict[str, dict[int, float]]
+    all_scores: dict[str, dict[int, Scores]]
 
 
 def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe_sizes: Sequence[int]) -> Found:
@@ -49,7 +51,7 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
     controls: dict[str, dict[int, Scores]] = {}
     seconds: dict[str, dict[int, float]] = {}
     for name in rows:
-        for seed in SEEDS:
+        for seed in TRAININGS:
             folder = places.test(seed, name)
             own = _scores(folder, [task.name for task in TASKS])
             if len(own) == len(TASKS):
@@ -70,11 +72,12 @@ def gather(places: Places, rows: Sequence[str], variations: Sequence[str], probe
         }
         for name in rows
     }
-    return Found(scores, controls, choices, gaps, {name: own for name, own in sizes.items() if own}, seconds)
+    sizes = {name: own for name, own in sizes.items() if own}
+    return Found(scores, controls, choices, gaps, sizes, seconds, scores)
 
 
 def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
-    """Only the trainings that all merges have results of, where a row has any of these, so that rows can be ranked.
+    """Only the trainings that all merges have results of, where a row has all of these, so that rows can be ranked.
 
     As it is where there is no such training.
     """
@@ -82,7 +85,7 @@ def over_shared_trainings(found: Found, merges: Collection[str]) -> Found:
     shared = set.intersection(*every) if every else set()
 
     scores = {
-        name: {seed: own for seed, own in seeds.items() if seed in shared} or seeds
+        name: {seed: own for seed, own in seeds.items() if seed in shared} if shared and shared <= set(seeds) else seeds
         for name, seeds in found.scores.items()
     }
 
@@ -115,7 +118,7 @@ def _scores(folder: Path, tasks: Sequence[str]) -> Scores:
 
 def specialists_of(found: Found, seed: int) -> dict[str, Scores]:
     """The scores of a seed's specialists; empty if one is missing."""
-    own = {name: found.scores.get(name, {}).get(seed) for name in MODALITIES}
+    own = {name: found.all_scores.get(name, {}).get(seed) for name in MODALITIES}
     return {name: scores for name, scores in own.items() if scores} if all(own.values()) else {}
 
 

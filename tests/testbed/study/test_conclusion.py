@@ -37,7 +37,7 @@ def found():
     }
     choices = {name: {"one": 0.6, "other": 0.5} for name in MATCHING}
     choices["embedding_matching_merged_layers"]["other"] = 0.65
-    return Found(scores, {}, choices, {}, {}, {})
+    return Found(scores, {}, choices, {}, {}, {}, scores)
 
 
 @pytest.fixture
@@ -77,10 +77,14 @@ def test_trainings_that_disagree_are_told_with_their_interval(found, drawn):
 def test_rows_are_ranked_over_the_trainings_that_all_merges_have(found):
     del found.scores["tsv"][44]
     found.scores["joint"] = {44: found.scores["cell"][44]}
+    found.scores["tuned"] = dict(found.scores["cell"])
     shared = over_shared_trainings(found, MERGES)
     assert {tuple(shared.scores[name]) for name in (*MERGES, *MODALITIES)} == {(43,)}
     # What is no merge and has none of these is shown with what it has.
     assert tuple(shared.scores["joint"]) == (44,)
+    # So is one that has not all of these: another training stands in.
+    del found.scores["tuned"][43]
+    assert tuple(over_shared_trainings(found, MERGES).scores["tuned"]) == (44,)
     del found.scores["tsv"]
     assert over_shared_trainings(found, MERGES).scores == found.scores
 
@@ -154,6 +158,17 @@ def test_what_was_trained_further_is_compared_but_is_no_merge(found, drawn):
     )
     # It is one more row that is compared.
     assert f"Holm-adjusted {len(MERGES) * 2 / 501:.3f}" in told[1]
+
+
+def test_what_was_trained_further_is_compared_over_trainings_that_rank_nothing(found, drawn):
+    for values in (found.scores, drawn):
+        values["tuned"] = {43: values["tsv"][43], 45: values["tsv"][44]}
+        values["published"][45] = values["published"][44]
+    shared = over_shared_trainings(found, MERGES)
+    assert tuple(shared.scores["published"]) == SEEDS and tuple(shared.scores["tuned"]) == (43, 45)
+    others = compare_with_all(shared, drawn, "published")
+    assert tuple(others["tuned"].by_training) == (43, 45) and tuple(others["tsv"].by_training) == SEEDS
+    assert others["tuned"].mean == pytest.approx(0.4 - 0.6)
 
 
 @pytest.mark.parametrize("missing", ["published", "uniform", "tsv"])
