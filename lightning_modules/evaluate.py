@@ -276,6 +276,8 @@ def _forms(samples: Sequence[Sample], writer: PromptWriter) -> dict[str, str]:
 
 
 def _described(settings: EvaluationSettings, module: Evaluation, task: EvaluatedTask) -> dict[str, Any]:
+    # The module itself is back on the CPU by now.
+    ran_on = module.trainer.strategy.root_device.type
     return {
         "score": settings.score,
         "normalise": settings.normalise,
@@ -286,7 +288,7 @@ def _described(settings: EvaluationSettings, module: Evaluation, task: Evaluated
         "dtype": str(module.dtype_of_weights).removeprefix("torch."),
         "batch_size": settings.batch_size or task.log.note("batch_size"),
         "devices": settings.devices.count,
-        **({"threads": torch.get_num_threads()} if module.device.type == "cpu" else {}),
+        **({"threads": torch.get_num_threads()} if ran_on == "cpu" else {}),
         "strategy": settings.devices.strategy,
-        "accelerator": module.device.type,
+        "accelerator": ran_on,
     }

@@ -233,6 +233,26 @@ def run_program(esmerge_program):
     return run
 
 
+@pytest.fixture(scope="session")
+def run_on_other_device():
+    """A function that runs command lines in one process that has a device named `other` (`tests/other_device.py`).
+
+    A recipe runs there with `device: other`, evaluation and fine-tuning with `--accelerator other`. Returns how many
+    operators ran on it.
+    """
+    program = Path(__file__).parent / "other_device.py"
+
+    def run(*commands):
+        lines = [json.dumps([str(argument) for argument in command]) for command in commands]
+        # tests/esmerge would be taken for the package, without -P.
+        process = [sys.executable, "-P", program]
+        done = subprocess.run(process, input="\n".join(lines), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        return int(done.stdout.splitlines()[-1])
+
+    return run
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A running Hub (`tests/hub_server.py`) of this test's own; clients find it through `connected` or `online`."""

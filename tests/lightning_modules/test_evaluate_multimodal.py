@@ -77,6 +77,22 @@ def test_items_go_through_the_encoders(esmerge, multimodal, pairs, results_of, s
         assert list(record["log_likelihoods"].values()) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("score", ["likelihood", "generate"])
+def test_a_device_that_is_not_the_cpu_gives_the_same(
+    esmerge, multimodal, pairs, run_on_other_device, results_of, score
+):
+    asked = ["evaluate", multimodal, "--task", pairs, "--quiet", "--score", score]
+    assert esmerge(*asked)[0] == 0
+    _, expected = results_of(multimodal)
+    output = multimodal.parent / "there"
+    assert run_on_other_device([*asked, "--accelerator", "other", "--output", output]) > 0
+    results, log = results_of(output)
+    assert results["settings"]["accelerator"] == "other"
+    for there, here in zip(log, expected, strict=True):
+        likelihoods = [record.pop("log_likelihoods", {}) for record in (there, here)]
+        assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-5) and there == here
+
+
 def made_by_transformers(folder, file, limit):
     """The new tokens after each of the first samples, and what decodes them."""
     model, processor = load_model(folder)

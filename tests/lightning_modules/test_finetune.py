@@ -364,6 +364,20 @@ def with_encoder(llama, modality_settings, tmp_path):
     return {"adapter": adapter, "full": tmp_path / "full"}
 
 
+def test_training_on_a_device_that_is_not_the_cpu(
+    esmerge, run_on_other_device, write_recipe, with_encoder, llama, tmp_path
+):
+    base = str(llama / "base")
+    options = {"train_encoders": True, "epochs": 1, "lora": None, "precision": "float32"}
+    file = write_recipe(model=str(with_encoder["adapter"]), base=base, **options)
+    assert esmerge("finetune", file, "-o", tmp_path / "here", "--quiet", "--accelerator", "cpu")[0] == 0
+    there = ["finetune", file, "-o", tmp_path / "there", "--quiet", "--accelerator", "other"]
+    assert run_on_other_device(there) > 0
+    for name in ("adapter_model.safetensors", "modalities/molecule/model.safetensors"):
+        there, here = (load_file(tmp_path / folder / name) for folder in ("there", "here"))
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_encoders_are_trained_along_if_that_is_asked_for(
