@@ -136,8 +136,10 @@ def make_card(model: MergedModel, choices: Choices, template: Path | None = None
         "version": __version__,
     }
     sections = split_sections(body.render(context))
-    fields = before.without(_LICENCE_FIELDS) if choices.licence else before.metadata
-    kept_fields, field_digests = keep_edits(metadata, fields, before.state.get("metadata", {}))
+    fields, recorded = before.metadata, before.state.get("metadata", {})
+    if choices.licence:  # in place of whatever is there
+        fields, recorded = (_without_licence(own) for own in (fields, recorded))
+    kept_fields, field_digests = keep_edits(metadata, fields, recorded)
     kept_sections, section_digests = keep_edits(sections, before.sections, before.state.get("sections", {}))
     state = {
         "choices": {key: value for key, value in asdict(chosen).items() if value is not None},
@@ -213,8 +215,9 @@ class _Before:
         recorded = self.state.get("metadata", {}).get("license")
         return None if stated is None or digest(stated) == recorded else read_licence(self.metadata)
 
-    def without(self, fields: Sequence[str]) -> dict[str, Any]:
-        return {key: value for key, value in self.metadata.items() if key not in fields}
+
+def _without_licence(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in _LICENCE_FIELDS}
 
 
 def _read_card(file: Path) -> _Before:

@@ -62,7 +62,7 @@ class Plan:
         removed: paths in the repository of files that the model has no more.
         unchanged: how many files are there already.
         left_out: files in the folder that are not sent.
-        notes: what the card could not say.
+        notes: what the card could not say, and who cannot load the model.
         destination: with the message.
         repository: as it is.
     """

@@ -79,12 +79,14 @@ def publish(
     with hub_errors(destination.repo_id):
         user = _writer(api, destination)
         _check_card(card)
-        if model.is_adapter:
-            _check_base(api, card.base)
+        base_is_private = model.is_adapter and _check_base(api, card.base)
         _check_licence(card)
         repository = _look(api, destination, user)
         plan = _compare(destination, repository, uploads)
-        plan = replace(plan, left_out=left_out, notes=card.notes)
+        notes = list(card.notes)
+        if base_is_private and not repository.private:
+            notes.append(f"the base {card.base.repo_id} is private, so nobody else can load this adapter of it.")
+        plan = replace(plan, left_out=left_out, notes=notes)
         _check_tag(plan)
         _check_edits(api, plan, card)
         if not plan.is_empty or (destination.tag and destination.tag not in repository.tags):
@@ -123,11 +125,11 @@ def _check_card(card: Card) -> None:
         raise InputError(f"the Hub does not accept the metadata of {CARD_FILE}: {_objections(str(error))}.") from error
 
 
-def _check_base(api: HfApi, base: Parent) -> None:
-    """Raise `InputError` if the base of an adapter is not on the Hub: nobody could load the adapter."""
+def _check_base(api: HfApi, base: Parent) -> bool:
+    """Whether an adapter's base is private; `InputError` if it is not on the Hub: nobody could load the adapter."""
     assert base.repo_id is not None
     try:
-        api.model_info(base.repo_id, revision=base.commit)
+        return bool(api.model_info(base.repo_id, revision=base.commit).private)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at {base.commit}" if isinstance(error, RevisionNotFoundError) else ""
         raise InputError(

@@ -1,5 +1,6 @@
 """Tiny models, adapters and tokenizers on disk, built once per session, and ways to run the command line."""
 
+import importlib
 import json
 import os
 import shutil
@@ -256,6 +257,7 @@ def run_on_other_device():
 @pytest.fixture
 def hub(monkeypatch):
     """A running Hub (`tests/hub_server.py`) of this test's own; clients find it through `connected` or `online`."""
+    importlib.import_module("esmerge")  # before the folder of its tests can be taken for it
     monkeypatch.syspath_prepend(Path(__file__).parent)
     from hub_server import Hub
 

@@ -231,6 +231,15 @@ def test_branch_tag_and_private(merged, publish, refused, api):
     assert "v1 is a tag" in refused(merged, "--revision", "v1")
 
 
+def test_an_adapter_of_a_private_base_is_of_no_use_to_others(merge, recipe, llama, publish, connected):
+    connected.add(llama / "base", "owner/base", private=True)
+    folder = merge({**recipe, "coefficients": "uniform"})
+    options = ("--base-model", "owner/base", "--license", "apache-2.0")
+    noted = "the base owner/base is private, so nobody else can load this adapter of it."
+    assert noted not in publish(folder, *options, "--private", repo="owner/hidden")
+    assert noted in publish(folder, *options)
+
+
 def test_a_new_branch_without_new_files(merged, publish, api):
     publish(merged)
     output = publish(merged, "--revision", "v2")
