@@ -24,6 +24,7 @@ def attached(
     deltas: Mapping[str, Delta],
     observe: Mapping[str, Observer] | None = None,
     leaves: Collection[str] = (),
+    uncalled: Collection[str] = (),
 ) -> Iterator[None]:
     """Run `module`, a decoder layer, with deltas added to its parameters.
 
@@ -36,11 +37,13 @@ def attached(
             [n, in] and the gradient of its output [n, out], at the n positions where that is not zero. The pair gives
             the gradients of the weight and of its factors, without autograd ever forming them.
         leaves: names of parameters that collect gradients.
+        uncalled: names of weights of linear layers that `module` reads without calling them (`uncalled_linears`).
     """
     observe = observe or {}
     linears: list[Any] = []
     replaced = {}
-    lora = {name: delta for name, delta in deltas.items() if isinstance(delta, LoraDelta) and is_linear(module, name)}
+    called = {name for name in deltas if is_linear(module, name)}.difference(uncalled)
+    lora = {name: delta for name, delta in deltas.items() if isinstance(delta, LoraDelta) and name in called}
     try:
         for name, delta in deltas.items():
             if name not in lora:
@@ -67,6 +70,24 @@ def is_linear(module: nn.Module, name: str) -> bool:
     return name.endswith(".weight") and isinstance(_owner(module, name), nn.Linear)
 
 
+def uncalled_linears(module: nn.Module, run: Callable[[], object]) -> frozenset[str]:
+    """Names of the weights of linear layers that a module does not call while it runs: it may still read these.
+
+    Args:
+        run: runs the module.
+    """
+    called: set[nn.Module] = set()
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    handles = [child.register_forward_pre_hook(lambda own, _: called.add(own)) for child in linears.values()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(f"{name}.weight" for name, child in linears.items() if child not in called)
+
+
 def _owner(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
 
@@ -74,6 +95,7 @@ def _owner(module: nn.Module, name: str) -> nn.Module:
 def _replace(module: nn.Module, name: str, delta: Delta) -> nn.Parameter:
     parameter = module.get_parameter(name)
     base = parameter.detach().cpu().float()
+    delta = delta.to(base.device) if isinstance(delta, LoraDelta) else delta
     tensor = (base + delta.rows(0, base.shape[0], base)).to(parameter)
     _owner(module, name).register_parameter(name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
     return parameter
@@ -128,6 +150,6 @@ class _Observed(torch.autograd.Function):
             to_positions = gradient @ ctx.linear.weight
             if ctx.delta is not None:
                 to_positions += (gradient @ ctx.delta.b * ctx.delta.scaling) @ ctx.delta.a
-            to_x = torch.zeros_like(x)
+            to_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # laid out as `view` needs it
             to_x.view(-1, x.shape[-1])[positions] = to_positions
         return None, to_x, gradient.sum(dim=0) if ctx.needs_input_grad[2] else None, None, None, None

@@ -1,7 +1,6 @@
 """Walks a decoder-only transformer one layer at a time, without ever loading it whole."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 from esmerge.checkpoint import Checkpoint
 from esmerge.devices import usable_device
 from esmerge.errors import InputError, first_line
-from esmerge.names import canonical_name, canonical_names, is_rotary
+from esmerge.names import canonical_name, canonical_names, is_expert, is_rotary
 
 # Attention matrices up to this size, in float32 for all heads of a batch, are written out.
 MAX_ATTENTION_BYTES = 64 << 20
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # What the norm after the last layer is called, by Llama and its like, Phi and NeoX, OPT, GPT-2, Mamba, LFM2, RWKV,
 # RecurrentGemma, XGLM and BioGPT.
@@ -26,6 +24,14 @@ _FINAL_NORMS = (
 )
 # Settings of models whose layers read more than what the layer before hands on.
 _BESIDE_HIDDEN_STATES = ("hidden_size_per_layer_input", "num_kv_shared_layers")
+
+# What models take for their layers' results.
+_RETURNED: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden_states: hidden_states,
+    lambda hidden_states: (hidden_states,),
+    lambda hidden_states: (hidden_states, None),
+    lambda hidden_states: (hidden_states, None, None),
+)
 
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -101,7 +107,7 @@ class Backbone:
         """The checkpoint's name for a parameter of the model."""
         if canonical_name(name) in self._stored:
             return self._stored[canonical_name(name)]
-        if any(_EXPERT.search(stored) for stored in self._stored):
+        if any(map(is_expert, self._stored)):
             raise InputError(
                 f"{self.folder}: the experts of a {type(self.model).__name__} are stored one by one, but run as one "
                 "tensor: such mixtures of experts cannot be probed; use coefficients and a method that need no probe."
@@ -178,9 +184,20 @@ class Backbone:
             # As `generate` counts them: from each row's first token, whatever padding stands before it.
             kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
         kwargs |= {"inputs_embeds": inputs_embeds.to(self.device, self.dtype), "use_cache": False}
-        recorded = self._record(kwargs, lambda hidden_states: hidden_states)
-        if recorded is None:
-            recorded = self._record(kwargs, lambda hidden_states: (hidden_states,))
+        recorded, failure = None, None
+        for returned in _RETURNED:
+            try:
+                recorded = self._record(kwargs, returned)
+            # What a model makes of a layer that returns something else than its own.
+            except (IndexError, ValueError, TypeError, AttributeError) as error:
+                failure = error
+            if recorded is not None:
+                break
+        if recorded is None and failure is not None:
+            raise InputError(
+                f"a {type(self.model).__name__} cannot be probed, as its layers return what is not known here "
+                f"({first_line(failure)}): use coefficients and a method that need no probe."
+            ) from failure
         hidden, arguments = recorded or ([], [])
         if len(arguments) != self.num_layers:
             raise InputError(
@@ -192,7 +209,7 @@ class Backbone:
     def _record(
         self, kwargs: Mapping[str, Any], returned: Callable[[Tensor], Any]
     ) -> tuple[list[Tensor], list[LayerArguments]] | None:
-        """The inputs of all layers; None if the model expects them to return something else, a tuple or a tensor."""
+        """The inputs of all layers; None if the model expects them to return something else."""
         hidden: list[Tensor] = []
         arguments: list[LayerArguments] = []
 
@@ -205,12 +222,10 @@ class Backbone:
             for layer in self.layers:
                 layer.forward = record
             self.body(**kwargs)
-        except IndexError:
-            # A tensor that was taken for a tuple loses a dimension at each layer, until none is left.
-            return None
         finally:
             for layer in self.layers:
                 del layer.forward
+        # A tensor that was taken for a tuple loses a dimension at each layer.
         return None if any(state.shape != hidden[0].shape for state in hidden) else (hidden, arguments)
 
     def iterate_layers(self) -> Iterator[nn.Module]:
@@ -250,8 +265,8 @@ def _empty_model(folder: Path, dtype: torch.dtype | None, trust_remote_code: boo
         ) from error
 
 
-def module_names(folder: Path, trust_remote_code: bool = False) -> dict[str, list[str]]:
-    """Canonical name of each weight -> the modules that have it, as the model of a folder's config.json calls them.
+def weight_modules(folder: Path, trust_remote_code: bool = False) -> dict[str, dict[str, nn.Module]]:
+    """Canonical name of each weight -> the modules that have it, by the names that the model of a config.json has.
 
     Empty where transformers knows no such model.
     """
@@ -259,10 +274,11 @@ def module_names(folder: Path, trust_remote_code: bool = False) -> dict[str, lis
         model = _empty_model(folder, None, trust_remote_code)
     except InputError:
         return {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, nn.Module]] = {}
     for name, _ in model.named_parameters():
         if name.endswith(".weight"):
-            found.setdefault(canonical_name(name), []).append(name.removesuffix(".weight"))
+            module = name.removesuffix(".weight")
+            found.setdefault(canonical_name(name), {})[module] = model.get_submodule(module)
     return found
 
 
@@ -270,7 +286,7 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, arguments: LayerArguments
     """The layer's output [B, T, H]."""
     args, kwargs = arguments
     output = layer(hidden_states, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _rope_types(settings: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from esmerge.errors import NO_ROOM, InputError, Interrupted
+from esmerge.errors import NO_ROOM, InputError, Interrupted, first_line
 
 app = typer.Typer(
     name="esmerge",
@@ -471,6 +471,10 @@ def main() -> None:
             _fail(f"{NO_ROOM[error.errno]}; {remedy}.", 1, debug)
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1, debug)
     except Exception as error:
+        from esmerge.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            _fail(f"memory ran out ({first_line(error)}): free some, or use a device that has more.", 2, debug)
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
 
 

@@ -11,5 +11,9 @@ def usable_device(device: torch.device | str) -> torch.device:
         found = torch.empty(0, device=device).device
         torch.empty(0, device=found, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device {device} cannot be used here: {first_line(error)}") from error
+        # Torch goes on with a list of all that it is built with.
+        reason = first_line(error).partition(". ")[0]
+        raise InputError(f"device {device} cannot be used here: {reason}.") from error
+    if found.type == "meta":
+        raise InputError("device meta cannot be used here: it has no numbers; use cpu, or a GPU's.")
     return found

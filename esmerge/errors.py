@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 # What is said of work that ended before its end.
 GOES_ON = "the same command with --resume goes on"
+LESS_MEMORY = "let one work at a time (OMP_NUM_THREADS=1)"
 # Errors of the system that tell of a place without room, and what is said of them.
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -27,8 +28,20 @@ class WorkerKilled(InputError):  # noqa: N818, like Interrupted
         remedy: what to do.
     """
 
-    def __init__(self, remedy: str = "let one work at a time (OMP_NUM_THREADS=1)") -> None:
+    def __init__(self, remedy: str = LESS_MEMORY) -> None:
         super().__init__(f"a process was killed, most likely because memory ran out: {remedy}.")
+
+
+class OutOfMemory(InputError):  # noqa: N818, like Interrupted
+    """Memory, of a device or of the machine, did not suffice.
+
+    Args:
+        what: happened, as the library that noticed says it.
+        remedy: what to do.
+    """
+
+    def __init__(self, what: object, remedy: str) -> None:
+        super().__init__(f"memory ran out ({first_line(what)}): {remedy}.")
 
 
 class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt

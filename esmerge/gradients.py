@@ -3,7 +3,7 @@
 Source: arXiv 2603.14405, section on element-wise coefficients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esmerge.attach import Observer, is_linear
 from esmerge.deltas import Delta, LoraDelta
+from esmerge.errors import InputError
 from esmerge.scores import Score, Scratch, dense_score, pair_score
 
 
@@ -83,10 +84,12 @@ class WeightGradients(Gradients):
     matrices they multiply to. For other parameters from autograd.
     """
 
-    def __init__(self, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module) -> None:
+    def __init__(
+        self, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module, uncalled: Collection[str]
+    ) -> None:
         super().__init__(deltas)
         self.wanted = bool(touched)
-        linear = [name for name in touched if is_linear(layer, name)]
+        linear = [name for name in touched if is_linear(layer, name) and name not in uncalled]
         self.observers = dict.fromkeys(linear, self._observe)
         self.leaves = [name for name in touched if name not in self.observers]
         self._parameters: dict[str, nn.Parameter] = {}
@@ -131,7 +134,11 @@ class WeightGradients(Gradients):
 
 
 def make_gradients(
-    scores: Literal["factors", "weights"] | None, deltas: Mapping[str, Delta], touched: Sequence[str], layer: nn.Module
+    scores: Literal["factors", "weights"] | None,
+    deltas: Mapping[str, Delta],
+    touched: Sequence[str],
+    layer: nn.Module,
+    uncalled: Collection[str] = (),
 ) -> Gradients:
     """What takes the gradients that scores are made of.
 
@@ -140,9 +147,18 @@ def make_gradients(
         deltas: of a specialist, by parameter name inside the layer.
         touched: names of the parameters that any specialist changes.
         layer: of the base.
+        uncalled: names of weights of its linear layers that it reads without calling them.
+
+    Raises:
+        InputError: if the factors of such a weight are to have scores.
     """
     if scores == "factors":
+        if without := sorted(deltas.keys() & set(uncalled)):
+            raise InputError(
+                f"{without[0]} is a linear layer's that {type(layer).__name__} reads without calling it, so its "
+                "factors have no gradients of their own: use space: weights."
+            )
         return FactorGradients(deltas)
     if scores == "weights":
-        return WeightGradients(deltas, touched, layer)
+        return WeightGradients(deltas, touched, layer, uncalled)
     return Gradients(deltas)

@@ -15,6 +15,7 @@ from torch import Tensor
 from esmerge.checkpoint import Checkpoint
 from esmerge.coefficients import combine, element_coefficients
 from esmerge.deltas import Delta, LoraDelta, ShiftDelta, ValueDelta, is_finite
+from esmerge.errors import InputError
 from esmerge.low_rank import balanced_factors, kept_energy, refactor, truncated_svd
 from esmerge.methods import Method
 from esmerge.methods.registry import Matcher, accepted
@@ -483,6 +484,8 @@ class _WeightRows:
         doubles = weights.flatten(1).double()
         self._total = self._total + doubles.sum(dim=1)
         self._squares = self._squares + doubles.square().sum(dim=1)
+        if not self._total.isfinite().all():
+            raise InputError(f"no numbers come of coefficients.tau for {self._name}: tau must be larger.")
         return weights.to(self._stream.device)
 
     def finish(self) -> None:

@@ -7,6 +7,7 @@ from esmerge.errors import InputError
 
 # The decoder layers' list as it is called by Llama and its like, by GPT-2 and by MPT.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _MASK = re.compile(r"\.(?:attn|attention)\.(?:attention\.)?(?:bias|masked_bias)$")
 # What wraps the model that PEFT was given, alone or as Mol-LLaMA's `.llm`.
 _PEFT = re.compile(r"^(?:llm\.)?base_model\.model\.")
@@ -61,6 +62,11 @@ def base_module(name: str) -> str:
     'model.layers.3.mlp.up_proj'
     """
     return peft_module(name).removeprefix("llama_decoder.")
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor is one of those that each expert of a mixture has for itself."""
+    return _EXPERT.search(name) is not None
 
 
 def is_rotary(name: str) -> bool:

@@ -5,12 +5,14 @@ compared with the base's.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from esmerge.backbone import module_names
+from torch import nn
+
+from esmerge.backbone import weight_modules
 from esmerge.checkpoint import Checkpoint
 from esmerge.checks import (
     check_count,
@@ -28,12 +30,14 @@ from esmerge.devices import usable_device
 from esmerge.errors import InputError
 from esmerge.hub import NotHereError, PartialCopies, split_reference
 from esmerge.modalities import TextModality
+from esmerge.names import is_expert
 from esmerge.recipe import Recipe, SignalsRecipe
 from esmerge.remote_code import check_remote_code
 from esmerge.scores import row_blocks
 from esmerge.sources import Source, is_on_hub, pinned, pinned_file, resolve, resolve_file
 from esmerge.specialists import FullSpecialist, LoraSpecialist, Specialist, open_specialist
 from esmerge.specialists.full import own_tensors
+from esmerge.specialists.lora import AS_FULL_CHECKPOINT
 from esmerge.targets import Target, join_targets, match_targets
 from esmerge.vocabulary import Vocabulary
 
@@ -123,6 +127,8 @@ class Plan:
 
 # Of transformers' models, those whose linear layers are Conv1D.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Those of whose routers, which are no linear layers, PEFT takes factors.
+_ROUTERS_WITH_FACTORS = ("mixtral",)
 
 
 def make_plan(recipe: Recipe, trust_remote_code: bool = False) -> Plan:
@@ -194,6 +200,7 @@ def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | N
         specialists.append(_open(recipe, name, sources[-1].folder, encoder))
         check_remote_code(specialists[-1].config, trust_remote_code, f"the specialist {name}")
     check_origin(base, specialists)
+    _refuse_transposed(base, specialists)
     stored, left_out = own_tensors(base.config(), checkpoint, list(checkpoint), f"the base {recipe.base}")
     targets, untied = match_targets(base, checkpoint, stored, specialists)
     targets, vocabulary = join_targets(base, targets, specialists)
@@ -213,6 +220,19 @@ def _open_all(recipe: Recipe, trust_remote_code: bool, copies: PartialCopies | N
 def _refuse_quantised(recipe: Recipe, base: Source, tensors: Iterable[str]) -> None:
     if (method := quantisation(base.config(), tensors)) is not None:
         raise InputError(f"the base {recipe.base} is quantised ({method}); use it in bfloat16, float16 or float32.")
+
+
+def _refuse_transposed(base: Source, specialists: Iterable[Specialist]) -> None:
+    """Factors of Conv1D layers are those of the transposed weight, whether or not an adapter's config says so."""
+    if (kind := base.config().get("model_type")) not in _TRANSPOSED:
+        return
+    for specialist in specialists:
+        inside = [name for name in getattr(specialist, "modules", {}) if name.startswith("layers.")]
+        if isinstance(specialist, LoraSpecialist) and inside:
+            raise InputError(
+                f"specialist {specialist.name}: {specialist.folder} has factors of Conv1D layers, as the linear layers "
+                f"of a {kind} are, which cannot be merged: {AS_FULL_CHECKPOINT}."
+            )
 
 
 def with_recipe(plan: Plan, recipe: Recipe) -> Plan:
@@ -257,9 +277,13 @@ def _fit_adapter(plan: Plan) -> Plan:
             f"the weights of a {kind} are stored transposed, unlike factors of deltas: no adapter is made of full "
             "checkpoints; use output.format: full."
         )
+    known = weight_modules(plan.base.folder, plan.trust_remote_code) if full is not None else {}
     targets = []
     for target in plan.targets:
-        if len(target.shape) != 2 or target.layer is None or not target.name.endswith(".weight"):
+        modules = known.get(target.name, {}).values()
+        is_linear = all(isinstance(module, nn.Linear) for module in modules) or kind in _ROUTERS_WITH_FACTORS
+        is_matrix = len(target.shape) == 2 and target.layer is not None and target.name.endswith(".weight")
+        if not (is_matrix and is_linear):
             for specialist, name in zip(plan.specialists, target.changed, strict=True):
                 if name and not _unchanged(plan, target, specialist, name):
                     raise InputError(
@@ -270,7 +294,39 @@ def _fit_adapter(plan: Plan) -> Plan:
         targets.append(target)
     if not any(target.merged for target in targets):
         raise InputError("the specialists change no weight that a LoRA adapter can hold: there is nothing to merge.")
-    return _with_modules(replace(plan, targets=targets))
+    plan = replace(plan, targets=targets)
+    _check_rank(plan)
+    _check_experts(plan, known)
+    return _with_modules(plan)
+
+
+def _check_rank(plan: Plan) -> None:
+    """Raise `InputError` if the rank is to be found out of deltas that are not of low rank."""
+    if plan.recipe.output.rank is not None:
+        return
+    for target in plan.merged:
+        for specialist, name in zip(plan.specialists, target.changed, strict=True):
+            if name and isinstance(specialist, LoraSpecialist) and not specialist.is_pair(name):
+                raise InputError(
+                    f"output.rank is missing: {specialist.name} changes {specialist.stored_as(name)}, which is no pair "
+                    "of factors, by a delta of any rank; set the adapter's, or use output.format: full."
+                )
+
+
+def _check_experts(plan: Plan, known: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Raise `InputError` if PEFT would take factors of other linear layers for those of experts that run as one."""
+    fused = [target.name for target in plan.targets if known and len(target.shape) == 2 and target.name not in known]
+    leaves = {_leaf(name): name for name in fused if is_expert(name)}
+    for target in plan.merged:
+        if target.name in known and (expert := leaves.get(_leaf(target.name))) is not None:
+            raise InputError(
+                f"PEFT takes factors of {target.stored} for those of experts, as {expert} is called like it: an "
+                "adapter of this base cannot hold what full checkpoints change; use output.format: full."
+            )
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _with_modules(plan: Plan) -> Plan:
@@ -283,12 +339,12 @@ def _with_modules(plan: Plan) -> Plan:
     usual = {target.name: f"model.{target.name.removesuffix('.weight')}" for target in plan.merged}
     # Where both agree there is nothing to find out, which would take longer than a small merge.
     agreed = all((told[name] or {usual[name]}) == {stored[name]} for name in told)
-    known = {} if agreed else module_names(plan.base.folder, plan.trust_remote_code)
+    known = {} if agreed else weight_modules(plan.base.folder, plan.trust_remote_code)
     targets = []
     for target in plan.targets:
         if target.merged:
             likely = [*sorted(told[target.name]), stored[target.name]]
-            found = known.get(target.name, [])
+            found = list(known.get(target.name, ()))
             module = likely[0] if len(told[target.name]) == 1 else stored[target.name]
             if found:
                 module = next((name for name in likely if name in found), found[0])

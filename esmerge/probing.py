@@ -10,6 +10,7 @@ from esmerge.backbone import Backbone
 from esmerge.cache import user_cache
 from esmerge.deltas import Delta, LoraDelta
 from esmerge.encoders import encoders_of, weights_hash, weights_of
+from esmerge.errors import InputError
 from esmerge.methods.matching import Positions
 from esmerge.modalities import Modality, TextModality, encode_items, load_encoder
 from esmerge.modalities.modality import add_placeholders
@@ -53,6 +54,12 @@ def measure_signals(
         settings = SignalsRecipe.model_validate({"from": "embedding_signals", "granularity": "layer"})
     dtype = getattr(torch, recipe.probe.dtype) if recipe.probe.dtype else None
     backbone = Backbone(plan.base.folder, dtype, recipe.device, plan.checkpoint, plan.trust_remote_code)
+    if plan.num_layers > backbone.num_layers:
+        raise InputError(
+            f"{plan.base.folder} stores {plan.num_layers} layers, a {type(backbone.model).__name__} of its config.json "
+            f"runs {backbone.num_layers}: what it does not run cannot be probed; use coefficients and a method that "
+            "need no probe, or leave those layers out."
+        )
     if signals_wanted and not backbone.final_norm()[0]:
         logger.warning(
             "%s has no norm after its last layer that is known: what the last layer hands on is taken as it is.",

@@ -290,7 +290,7 @@ class Recipe(_Strict):
     method: MethodRecipe = MethodRecipe()
     space: Literal["weights", "factors"] = "weights"
     output: OutputRecipe = OutputRecipe()
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     device: str = "cpu"
 
     _folder: Path = PrivateAttr(default_factory=Path)

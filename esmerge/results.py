@@ -19,8 +19,9 @@ from torch import Tensor
 
 from esmerge import __version__
 from esmerge.checkpoint import JOURNALS, Checkpoint, CheckpointWriter
-from esmerge.errors import GOES_ON, NO_ROOM, InputError, Interrupted, WorkerKilled
+from esmerge.errors import GOES_ON, LESS_MEMORY, NO_ROOM, InputError, Interrupted, OutOfMemory, WorkerKilled
 from esmerge.hub import CHAT_TEMPLATES_FOLDER
+from esmerge.memory import is_out_of_memory
 from esmerge.remote_code import code_files
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
@@ -123,8 +124,10 @@ def _raise_resumable(error: BaseException, goes_on: str, same_threads: bool) -> 
     if isinstance(error, KeyboardInterrupt):
         raise Interrupted(goes_on) from error
     if isinstance(error, WorkerKilled):
-        remedy = "free some memory" if same_threads else "let one work at a time (OMP_NUM_THREADS=1)"
+        remedy = "free some memory" if same_threads else LESS_MEMORY
         raise WorkerKilled(f"{remedy}; {goes_on}") from error
+    if is_out_of_memory(error):
+        raise OutOfMemory(error, f"{'free some' if same_threads else LESS_MEMORY}; {goes_on}") from error
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         error.add_note(goes_on)
         raise error

@@ -12,13 +12,14 @@ Source: arXiv 2603.14405, sections on layer-wise and element-wise coefficients. 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from esmerge.attach import attached
+from esmerge.attach import attached, uncalled_linears
 from esmerge.backbone import Backbone, LayerArguments, run_layer
 from esmerge.deltas import Delta, LoraDelta, SumDelta, ValueDelta
 from esmerge.distances import principal_plane, random_directions, sliced_wasserstein, standardize_together
@@ -175,6 +176,7 @@ class _Visit:
         number, layer: of the base.
         deltas: of each specialist, by parameter name inside the layer.
         touched: names of the parameters that any specialist changes.
+        uncalled: names of weights of linear layers that the layer reads without calling them.
         norm: what hidden states go through before distances are taken; after the last layer the final norm.
         last: whether it is that one.
     """
@@ -183,6 +185,7 @@ class _Visit:
     layer: nn.Module
     deltas: list[dict[str, Delta]]
     touched: list[str]
+    uncalled: frozenset[str]
     norm: nn.Module
     last: bool
 
@@ -210,15 +213,18 @@ class _Pass:
         # Of each specialist: its probe, and its modality's place there.
         self._probe_of = [0 if len(probes) == 1 else i for i in range(count)]
         self._owns = [probes[n].modalities.index(s.name) for n, s in zip(self._probe_of, specialists, strict=True)]
-        self._directions: Tensor | None = None
-        if settings.distances:
-            directions = random_directions(settings.projections, backbone.hidden_size, settings.seed)
-            self._directions = directions.to(backbone.device)
         # Each probe's way, and that of its probe for each specialist. First hidden states are not kept.
         ways, own_ways = _prepare(backbone, probes, self._probe_of, self._owns, settings, merges)
         self._batches = [batches for batches, _ in ways]
         self._batches_of = [batches for batches, _ in own_ways]
         self._base_states = list(ways[0][1]) if settings.distances else []
+        self._directions: Tensor | None = None
+        if settings.distances:
+            # Hidden states can be wider than embeddings.
+            directions = random_directions(settings.projections, self._base_states[0].shape[-1], settings.seed)
+            self._directions = directions.to(backbone.device)
+        # Of layers of one structure alike.
+        self._uncalled: dict[str, frozenset[str]] = {}
         self._states = [list(states) for _, states in own_ways]
         self._merged_states = [[list(states) for _, states in ways] for _ in merges]
         # Where only merged layers hand on what is read, the specialists' own hidden states are nobody's.
@@ -242,7 +248,7 @@ class _Pass:
             pooled.append(_pool(self._base_states, self._batches[0]))
             bar.update()
         deltas = [specialist.layer_deltas(number) for specialist in self._specialists]
-        here = _Visit(number, layer, deltas, sorted(set().union(*deltas)), norm, last)
+        here = _Visit(number, layer, deltas, sorted(set().union(*deltas)), self._uncalled_in(number, layer), norm, last)
         for i in self._alone:
             self._advance(here, i, targets)
             if self._settings.distances:
@@ -256,6 +262,15 @@ class _Pass:
             self._merge(here, merge, states)
             bar.update()
 
+    def _uncalled_in(self, number: int, layer: nn.Module) -> frozenset[str]:
+        """Names of weights of linear layers that a layer reads without calling them."""
+        structure = repr(layer)
+        if structure not in self._uncalled:
+            arguments = self._batches_of[0][0].arguments[number]
+            run = partial(run_layer, layer, self._states[0][0], arguments)
+            self._uncalled[structure] = uncalled_linears(layer, run)
+        return self._uncalled[structure]
+
     def _advance(self, here: _Visit, i: int, targets: Sequence[Tensor]) -> None:
         """Push a specialist's hidden states through its version of a layer; take down what that tells.
 
@@ -265,13 +280,13 @@ class _Pass:
         settings, own, states = self._settings, self._owns[i], self._states[i]
         measured = [own] if settings.tokens == "primary" else list(range(len(self._modalities)))
         wanted = settings.scores if settings.distances else None
-        gradients = make_gradients(wanted, here.deltas[i], here.touched, here.layer)
+        gradients = make_gradients(wanted, here.deltas[i], here.touched, here.layer, here.uncalled)
         reading = Reading(here.layer, here.touched, own, settings.inputs)
         norm_deltas = self._specialists[i].norm_deltas() if here.last else {}
         with (
             attached(here.norm, norm_deltas),
             reading,
-            attached(here.layer, gradients.deltas, gradients.observers, gradients.leaves),
+            attached(here.layer, gradients.deltas, gradients.observers, gradients.leaves, here.uncalled),
         ):
             gradients.start(here.layer)
             for index, batch in enumerate(self._batches_of[i]):
@@ -313,7 +328,7 @@ class _Pass:
         for i, specialist in enumerate(self._specialists):
             reading = Reading(here.layer, here.touched, self._owns[i], [merge.positions])
             outputs = []
-            with attached(here.layer, here.deltas[i]), reading, torch.no_grad():
+            with attached(here.layer, here.deltas[i], uncalled=here.uncalled), reading, torch.no_grad():
                 for state, batch in zip(states[self._probe_of[i]], self._batches_of[i], strict=True):
                     reading.at = batch.reads
                     as_far = state[:, : batch.masks.shape[-1]]
@@ -341,7 +356,7 @@ class _Pass:
         factors = self.signals.merged.setdefault(merge.key, {})
         for name, delta in known.items():
             factors[name] = self._scratch.put(delta.folded_b), self._scratch.put(delta.a)
-        with attached(here.layer, deltas), torch.no_grad():
+        with attached(here.layer, deltas, uncalled=here.uncalled), torch.no_grad():
             for own_batches, own_states in zip(self._batches, states, strict=True):
                 _push(here.layer, here.number, own_batches, own_states)
         if not all(bool(state.isfinite().all()) for own_states in states for state in own_states):

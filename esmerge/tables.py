@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from esmerge.errors import InputError
 from esmerge.pipeline import Comparison
 from esmerge.results import StoredCoefficients
 
@@ -17,6 +18,8 @@ def print_coefficients(coefficients: StoredCoefficients) -> None:
     table.add_column("layer", justify="right")
     for name in coefficients.specialists:
         table.add_column(name)
+    if "alpha" not in coefficients.tensors:
+        raise InputError("the model has no decoder layers in a list, so there are no layer-wise coefficients to show.")
     alpha = coefficients.tensors["alpha"]
     for number, row in enumerate(alpha.T.tolist()):
         table.add_row(str(number), *(f"{value:6.3f} {_bar(value)}" for value in row))

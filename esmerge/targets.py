@@ -133,6 +133,11 @@ def _check_names(
     names: set[str],
 ) -> None:
     unknown = sorted(names - entries.keys(), key=natural_order)
+    if unknown and specialist.stored_as(unknown[0]).endswith("lora_B.bias"):
+        raise InputError(
+            f"specialist {specialist.name}: {specialist.folder} has {specialist.stored_as(unknown[0])} (lora_bias), "
+            f"but the base {base.reference} has no bias there that it could be added to: train without lora_bias."
+        )
     if unknown:
         raise InputError(
             f"specialist {specialist.name}: {specialist.folder} has {len(unknown)} tensors that change nothing in the "

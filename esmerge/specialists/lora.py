@@ -53,7 +53,7 @@ _MOVING_INITIALISATIONS = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-_AS_FULL_CHECKPOINT = "merge the adapter into the base that it was trained on and give the full checkpoint"
+AS_FULL_CHECKPOINT = "merge the adapter into the base that it was trained on and give the full checkpoint"
 
 
 class LoraSpecialist:
@@ -157,7 +157,7 @@ class LoraSpecialist:
                 if part not in letters:
                     raise InputError(
                         f"{self.folder}: {tensor} cannot be merged, as DoRA of embeddings scales whole columns: "
-                        f"{_AS_FULL_CHECKPOINT}."
+                        f"{AS_FULL_CHECKPOINT}."
                     )
         for part in letters:
             if part not in parts:
@@ -219,6 +219,10 @@ class LoraSpecialist:
         """Its tensors that are none of a pair of factors of a linear layer."""
         others = [tensor for parts in self._parts.values() for part, tensor in parts.items() if part not in _FACTORS]
         return sorted([*self._values.values(), *self._tokens.values(), *others])
+
+    def is_pair(self, name: str) -> bool:
+        """Whether the delta of a tensor is that of a pair of factors and nothing else."""
+        return name not in self._values and set(self._parts.get(name, ())) == set(_FACTORS)
 
     def stored_as(self, name: str) -> str:
         """The adapter's tensor behind a canonical name, for messages."""
@@ -345,7 +349,7 @@ def _bias_of(weight: str) -> str:
 def _check_type(config: Mapping[str, Any], file: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{file}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged: {_AS_FULL_CHECKPOINT}."
+            f"{file}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged: {AS_FULL_CHECKPOINT}."
         )
     for field in ("r", "lora_alpha"):
         if not _is_number(config.get(field)) or config[field] <= 0:
@@ -378,18 +382,16 @@ def _check_variant(config: Mapping[str, Any], file: Path) -> None:
     for field, meaning in _UNSUPPORTED.items():
         if config.get(field):
             raise InputError(
-                f"{file}: {field} is set; {meaning} cannot be expressed as deltas of tensors: {_AS_FULL_CHECKPOINT}, "
+                f"{file}: {field} is set; {meaning} cannot be expressed as deltas of tensors: {AS_FULL_CHECKPOINT}, "
                 "or train without it."
             )
     if config.get("fan_in_fan_out"):
         raise InputError(
-            f"{file}: fan_in_fan_out is set; adapters of Conv1D layers cannot be merged: {_AS_FULL_CHECKPOINT}."
+            f"{file}: fan_in_fan_out is set; adapters of Conv1D layers cannot be merged: {AS_FULL_CHECKPOINT}."
         )
     for field, value in config.items():
         if value and field not in _KNOWN_VARIANTS and (field.startswith("use_") or field.endswith("_config")):
-            raise InputError(
-                f"{file}: {field} is set, a variant of LoRA that is not known here: {_AS_FULL_CHECKPOINT}."
-            )
+            raise InputError(f"{file}: {field} is set, a variant of LoRA that is not known here: {AS_FULL_CHECKPOINT}.")
     initialisation = config.get("init_lora_weights")
     if not isinstance(initialisation, str) or initialisation.lower() in _INITIALISATIONS:
         return
@@ -397,12 +399,12 @@ def _check_variant(config: Mapping[str, Any], file: Path) -> None:
         if initialisation.lower().startswith(prefix):
             raise InputError(
                 f"{file}: init_lora_weights is {initialisation!r}; {name} changes the base's weights before training, "
-                f"so that the factors are no delta of the base: {_AS_FULL_CHECKPOINT}, or save it with PEFT's "
+                f"so that the factors are no delta of the base: {AS_FULL_CHECKPOINT}, or save it with PEFT's "
                 "path_initial_model_for_weight_conversion."
             )
     raise InputError(
         f"{file}: init_lora_weights is {initialisation!r}, which is not known here: if it leaves the base's weights as "
-        f"they are, set it to true; otherwise {_AS_FULL_CHECKPOINT}."
+        f"they are, set it to true; otherwise {AS_FULL_CHECKPOINT}."
     )
 
 

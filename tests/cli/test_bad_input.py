@@ -1132,6 +1132,41 @@ def unknown_device(inputs):
     inputs.recipe["device"] = "tpu"
 
 
+@case("device meta", "has no numbers")
+def device_without_numbers(inputs):
+    inputs.recipe["device"] = "meta"
+
+
+@case("seed", "less than")
+def seed_of_too_many_digits(inputs):
+    inputs.recipe["seed"] = 10**23
+
+
+@case("no numbers come of coefficients.tau", "tau must be larger")
+def temperature_of_next_to_nothing(inputs):
+    inputs.recipe["coefficients"] |= {"granularity": "element", "tau": 1e-40}
+
+
+@case("lora_B.bias (lora_bias), but the base", "train without lora_bias")
+def bias_of_a_branch_without_one_in_the_base(inputs):
+    inputs.train(lora_bias=True)
+
+
+@case("output.rank is missing: molecule changes", "lora_magnitude_vector, which is no pair of factors")
+def adapter_of_dora_without_a_rank(inputs):
+    inputs.train(use_dora=True)
+
+
+@case("stores 4 layers, a LlamaForCausalLM of its config.json runs 3", "use coefficients and a method that need no")
+def layers_that_the_base_does_not_run(inputs):
+    def add(tensors):
+        tensors |= {n.replace("layers.2.", "layers.3."): own.clone() for n, own in tensors.items() if "layers.2." in n}
+
+    for name in ("base", "molecule"):
+        file = "model.safetensors" if name == "base" else "adapter_model.safetensors"
+        inputs.change_tensors(f"{name}/{file}", add)
+
+
 @case("device cuda:99", "cannot be used here", "--set=coefficients=uniform")
 def missing_device_without_a_probe(inputs):
     inputs.recipe["device"] = "cuda:99"

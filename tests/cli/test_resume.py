@@ -135,6 +135,26 @@ def test_ends_in_the_same_files(left, undisturbed, merge):
     assert [path.name for path in left.parent.iterdir()] == ["merged"]
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.")])
+def test_goes_on_after_memory_ran_out_in_this_process(undisturbed, project, esmerge, tmp_path, monkeypatch, error):
+    write, output = FullOutput.write, tmp_path / "merged"
+
+    def fail(self, target, stream):
+        if len(journal_of(output)) >= 5:
+            raise error
+        write(self, target, stream)
+
+    monkeypatch.setattr(FullOutput, "write", fail)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["merge", project / "recipe.yaml", "-o", output, "--quiet"]
+    code, _, err = esmerge(*command)
+    assert code == 2 and err.count("\n") == 1 and not output.exists()
+    assert err.startswith("esmerge: memory ran out (") and "--resume goes on" in err
+    monkeypatch.setattr(FullOutput, "write", write)
+    assert esmerge(*command, "--resume")[0] == 0
+    assert files_of(output) == undisturbed
+
+
 @pytest.fixture
 def written(monkeypatch):
     """Names of the tensors that this process merges."""

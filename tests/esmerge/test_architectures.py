@@ -1,5 +1,6 @@
 """The layer-streaming engine agrees with plain forward passes and autograd through whole models."""
 
+import inspect
 import re
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from esmerge.backbone import Backbone, run_layer
@@ -84,6 +86,20 @@ ARCHITECTURES = {
         2,
         ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         ["fc1"],
+    ),
+    "mamba": (  # what its linear layers read is laid out otherwise
+        "MambaConfig",
+        {"state_size": 4, "time_step_rank": 4},
+        2,
+        ["in_proj", "x_proj"],
+        ["x_proj"],
+    ),
+    "bamba": (  # its layers return two values
+        "BambaConfig",
+        {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1, 3]},
+        2,
+        ["in_proj", "out_proj", "q_proj", "v_proj", "gate_proj", "down_proj"],
+        ["q_proj", "down_proj"],
     ),
     "gpt_neox": (
         "GPTNeoXConfig",
@@ -196,16 +212,21 @@ def run(model, embeds, attention):
     """Each layer's output: the last one after the final norm, and before it."""
     count = model.config.num_hidden_layers
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    last = []
-    handle = layers[-1].register_forward_hook(lambda _, __, output: last.append(output))
-    # Positions count from the first token, as `generate` has it.
-    positions = (attention.cumsum(dim=-1) - 1).clamp_min(0)
-    states = model(
-        inputs_embeds=embeds, attention_mask=attention, position_ids=positions, output_hidden_states=True
-    ).hidden_states
-    handle.remove()
-    raw = last[0][0] if isinstance(last[0], tuple) else last[0]
-    return states[1:], [*states[1:-1], raw]
+    raw = []
+
+    def take(layer, arguments, output):
+        raw.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(take) for layer in layers]
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    given = {"inputs_embeds": embeds, "attention_mask": attention, "output_hidden_states": True}
+    if "position_ids" in inspect.signature(plain.forward).parameters:
+        # They count from the first token, as `generate` has it.
+        given["position_ids"] = (attention.cumsum(dim=-1) - 1).clamp_min(0)
+    normed = model(**given).hidden_states[-1]
+    for handle in handles:
+        handle.remove()
+    return [*raw[:-1], normed], raw
 
 
 def leaves_of(model, touched, space):
@@ -237,14 +258,14 @@ def random_probe(names, count=5, length=11, hidden=32, seed=0):
     return embeds, attention, masks
 
 
-def assert_same(actual, expected):
+def assert_same(actual, expected, rounding=1e-5):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
             actual[name],
             tensor,
-            rtol=1e-5,
-            atol=1e-5 * float(tensor.abs().max()),
+            rtol=rounding,
+            atol=rounding * float(tensor.abs().max()),
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
@@ -276,7 +297,7 @@ def build(tmp_path_factory, make_base, make_adapter):
                     }
                 make_adapter(folder / "base", folder / name, index + 1, **lora)
             saved[key] = folder
-        hidden = changes.get("hidden_size", COMMON["hidden_size"])
+        hidden = changes.get("word_embed_proj_dim", changes.get("hidden_size", COMMON["hidden_size"]))
         adapters = {name: saved[key] / name for name in names}
         return Case(saved[key] / "base", adapters, random_probe(names, hidden=hidden))
 
@@ -290,7 +311,57 @@ def test_responses_and_scores(build, architecture, space):
     responses, scores = case.engine(scores=space)
     expected_responses, expected_scores = case.reference(space)
     assert_same(responses, expected_responses)
-    assert_same(scores, expected_scores)
+    # Mamba's states are sums over all positions before.
+    assert_same(scores, expected_scores, 1e-4 if architecture == "mamba" else 1e-5)
+
+
+def test_embeddings_narrower_than_hidden_states(build):
+    case = build("opt", "weights", word_embed_proj_dim=16, do_layer_norm_before=False)
+    found, expected = case.engine(), case.reference()
+    for ours, theirs in zip(found, expected, strict=True):
+        # What comes out of the last layer is made narrow again before transformers hands it out.
+        wanted = {name: own for name, own in theirs.items() if "layers.3." not in name and not name.endswith(".3")}
+        assert_same({name: ours[name] for name in wanted}, wanted)
+
+
+def test_a_linear_layer_that_is_read_without_being_called(tmp_path, make_base, make_adapter, merge):
+    """Mamba's `dt_proj`: an adapter of it does in the probe what the checkpoint does that it is merged into."""
+    base = make_base(transformers.MambaConfig(**COMMON, state_size=4, time_step_rank=4), tmp_path / "base")
+    names = ("a", "b")
+    adapters = {
+        name: str(make_adapter(base, tmp_path / name, seed, r=3, lora_alpha=90, target_modules=["dt_proj"]))
+        for seed, name in enumerate(names)
+    }
+    content = {"base": str(base), "output": {"format": "full"}}
+    checkpoints = {
+        name: str(
+            merge(
+                {**content, "specialists": adapters, "coefficients": {own: float(own == name) for own in names}},
+                f"full-{name}",
+            )
+        )
+        for name in names
+    }
+    embeds, attention, masks = random_probe(names)
+    tensors = {"inputs_embeds": embeds, "attention_mask": attention}
+    save_file(tensors | {f"mask.{name}": mask.long() for name, mask in masks.items()}, tmp_path / "probe.safetensors")
+    content["coefficients"] = {"from": "embedding_signals"}
+    content["probe"] = {"tensors": str(tmp_path / "probe.safetensors")}
+    merged = [
+        merge({**content, "specialists": specialists}, f"merged-{number}")
+        for number, specialists in enumerate((adapters, checkpoints))
+    ]
+    for file in ("coefficients.safetensors", "model.safetensors"):
+        found, expected = (load_file(folder / file) for folder in merged)
+        # Full checkpoints have scores of all tensors, of which all but one are those of the base.
+        wanted = [name for name in found if name in expected and not name.startswith("lambda")]
+        assert wanted
+        for name in wanted:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    distances = load_file(merged[0] / "coefficients.safetensors")["distances"]
+    assert (distances > 0).all()
+    with pytest.raises(InputError, match=r"dt_proj.weight is a linear layer's that MambaBlock reads without"):
+        merge({**content, "specialists": adapters, "space": "factors"}, "factors")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -826,6 +826,58 @@ def test_causal_masks_that_old_checkpoints_carry(make_base, alone, tmp_path):
         alone(base, one, other, "adapter", output={"format": "adapter", "rank": 4})
 
 
+def test_factors_of_conv1d_layers_whatever_the_config_says(make_base, alone, tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    base = make_base(config, tmp_path / "base")
+    one, other = (train(base, tmp_path / f"{seed}", seed, target_modules=["attn.c_proj"]) for seed in (1, 2))
+    for folder in (one, other):
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        assert settings["fan_in_fan_out"]
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": False}))
+    with pytest.raises(InputError, match="has factors of Conv1D layers, as the linear layers of a gpt2 are"):
+        alone(base, one, other)
+
+
+EXPERTS = {
+    "Qwen3MoeConfig": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "MixtralConfig": {"num_local_experts": 4},
+    "Qwen2MoeConfig": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "refused"),
+    [
+        ("Qwen3MoeConfig", False, None),
+        ("Qwen3MoeConfig", True, "mlp.gate.weight, which a LoRA adapter cannot hold"),
+        ("MixtralConfig", True, None),
+        ("Qwen2MoeConfig", False, "PEFT takes factors of .*shared_expert.* for those of experts"),
+    ],
+)
+def test_adapters_of_full_mixtures_of_experts_load_or_are_refused(make_base, alone, tmp_path, kind, router, refused):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    base = make_base(getattr(transformers, kind)(**sizes, **heads, **EXPERTS[kind]), tmp_path / "base")
+    folders = []
+    for seed in (1, 2):
+        model = load(base)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "layers" in name and parameter.dim() > 1 and (router or ".gate." not in name):
+                    parameter += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / f"{seed}")
+        folders.append(tmp_path / f"{seed}")
+    output = {"format": "adapter", "rank": 32}
+    if refused is None:
+        merged = alone(base, *folders, output=output)
+        loaded = PeftModel.from_pretrained(load(base), merged)
+        torch.testing.assert_close(logits(loaded), logits(load(folders[0])), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(InputError, match=refused):
+            alone(base, *folders, output=output)
+
+
 @pytest.mark.parametrize("granularity", ["both", "layer"])
 def test_factors_of_the_head_have_the_coefficients_outside_the_layers(llama, recipe, merge, tmp_path, granularity):
     base = llama / "base"
