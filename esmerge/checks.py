@@ -66,8 +66,9 @@ def _check_named_bases(base: Source, specialists: Sequence[Specialist]) -> None:
         )
     elif len(set(named.values())) > 1:
         logger.warning(
-            "the adapters say that they were trained from different bases (%s); their shapes fit",
-            ", ".join(sorted(set(named.values()))),
+            "the adapters say that they were trained from different bases (%s); their shapes fit: check "
+            "that these are the same weights",
+            ", ".join(f"{name}: {own}" for name, own in named.items()),
         )
 
 

@@ -80,6 +80,7 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(format="esmerge: %(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it shows its own
 
 
 @app.command()

@@ -455,7 +455,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None, kind: str) -> 
     here = "" if kind == "dataset" else f"{repo_id} is no folder here; if it is on the Hub: "
     return (
         f"{here}the connection to {constants.ENDPOINT} failed while {repo_id} was asked for: check it and run the same "
-        "command again; what is complete is kept."
+        f"command again; what is complete is kept.{'' if kind == 'dataset' else ' Or name a folder that has it.'}"
     )
 
 

@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 # What mergekit calls them.
-_SYNONYMS = {"base_model": "base", "models": "specialists", "merge_method": "method", "parameters": "method"}
+_SYNONYMS = {"base_model": "base", "models": "specialists", "merge_method": "method"}
 
 
 class _Strict(BaseModel):
@@ -232,6 +232,15 @@ class MethodRecipe(BaseModel):
     def follows_merged(self) -> bool:
         """Whether what layers read comes from merged layers before them."""
         return self.parameters.get("activations") == "merged"
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """All parameters of the method that have a value, by their names in a recipe."""
+        from esmerge.methods import METHODS
+
+        known = METHODS[self.name].parameters.model_validate(self.parameters)
+        found: dict[str, Any] = known.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return found
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -457,7 +466,8 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     recorded = copy.deepcopy(content)
     for override in overrides:
         _override(content, override)
-    recipe = parse_recipe(content, file.parent, str(file))
+    source = f"{file} with --set {', '.join(overrides)}" if overrides else str(file)
+    recipe = parse_recipe(content, file.parent, source)
     if inputs is not None:
         recipe._pins = Pins(file, _kept_inputs(inputs, recorded, content, file))
     return recipe
@@ -480,12 +490,22 @@ def _kept_inputs(inputs: Any, recorded: dict[str, Any], content: dict[str, Any],
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:
     """A recipe from a mapping; relative paths in it start from `folder`."""
+    if isinstance(given := content.get("parameters"), dict):
+        raise InputError(
+            f"{source}: parameters are those of a method here: write method: {{name: {_method_name(content)}, "
+            f"{', '.join(map(str, given))}: ...}}."
+        )
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{source}: {first_error(error, Recipe, _SYNONYMS)}") from error
     recipe._folder = folder
     return recipe
+
+
+def _method_name(content: Mapping[str, Any]) -> str:
+    method = content.get("method", content.get("merge_method"))
+    return str(method.get("name") if isinstance(method, dict) else method or "linear")
 
 
 def override_recipe(recipe: Recipe, fields: Mapping[str, Any], source: str) -> Recipe:

@@ -92,6 +92,18 @@ def hash_of_parts(hashes: Sequence[str]) -> str:
     return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(list(hashes)).encode())}"
 
 
+def is_recorded_base(base: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Whether a base is the one that a merge's record pins, as far as both tell.
+
+    Args:
+        base: its `hash`, one of the `model_hashes`, and `commit`, if it has one.
+        recorded: `inputs.base` of the record.
+    """
+    if recorded.get("hash") and base.get("hash"):
+        return bool(base["hash"] == hash_of_parts([recorded["hash"]]))
+    return None in (base.get("commit"), recorded.get("commit")) or base["commit"] == recorded["commit"]
+
+
 def check_pins(plan: Plan) -> None:
     """Read the inputs of a recipe that is a merge's record, and find out whether they are still what they were.
 
@@ -134,8 +146,11 @@ def _located(recipe: Recipe) -> Recipe:
 
 def merge_record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
     """What `esmerge.yaml` holds: the recipe, its pinned inputs, versions, and numbers of tensors."""
+    recipe = _located(plan.recipe).model_dump(mode="json", by_alias=True, exclude_none=True)
+    # With the defaults of this version, which need not be those of another.
+    recipe["method"] = {"name": plan.recipe.method.name, **plan.recipe.method.resolved}
     record: dict[str, Any] = {
-        "recipe": _located(plan.recipe).model_dump(mode="json", by_alias=True, exclude_none=True),
+        "recipe": recipe,
         "inputs": dict(inputs),
         "versions": results.versions(),
         **_threads(plan),

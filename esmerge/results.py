@@ -288,6 +288,8 @@ class StoredCoefficients:
 def read_coefficients(folder: Path) -> StoredCoefficients:
     """The coefficients of the result in `folder`; `InputError` if it is no esmerge result."""
     file = folder / COEFFICIENTS_FILE
+    if not folder.exists():
+        raise InputError(f"the folder {folder} does not exist.")
     if not file.exists():
         raise InputError(f"{folder} is no esmerge result: it has no {COEFFICIENTS_FILE}.")
     with Checkpoint.open_file(file) as checkpoint:

@@ -136,7 +136,8 @@ def _check_names(
     if unknown and specialist.stored_as(unknown[0]).endswith("lora_B.bias"):
         raise InputError(
             f"specialist {specialist.name}: {specialist.folder} has {specialist.stored_as(unknown[0])} (lora_bias), "
-            f"but the base {base.reference} has no bias there that it could be added to: train without lora_bias."
+            f"but the base {base.reference} has no bias there to add it to: train without lora_bias, or save it "
+            "without them."
         )
     if unknown:
         raise InputError(

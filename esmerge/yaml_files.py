@@ -78,7 +78,11 @@ class NestedError(ValueError):
 
 def nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None = None) -> str:
     """What to append to a message about an unknown name: the known one that is meant or looks most like it, if any."""
-    close = [synonyms[name]] if synonyms and name in synonyms else difflib.get_close_matches(name, known, n=1)
+    alike = next((own for own in known if own.lower() == name.lower()), None)
+    if synonyms and name in synonyms:
+        close = [synonyms[name]]
+    else:
+        close = [alike] if alike else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -117,6 +121,8 @@ def _sentence(
     if kind in ("dict_type", "model_type"):
         inside = f" with the fields {', '.join(_fields_at(model, location))}" if kind == "model_type" else ""
         return f"{field} is {given!r}: expected a mapping{inside}."
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{field} is {given!r}: expected a whole number."
     message = f"{field} is {given!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
     if kind == "string_type" and isinstance(given, bool | int | float):
         message += "; write it in quotes"

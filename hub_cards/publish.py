@@ -67,12 +67,11 @@ def publish(
             model is published then, unless all of it is and only the answer or the tag is missing.
     """
     _check_destination(destination)
-    token = get_token()
     model = open_merged_model(folder)
+    if (token := get_token()) is None:
+        raise InputError(f"nobody is logged in to the Hub: {LOG_IN}.")
     card = make_card(model, replace(choices, repo_id=destination.repo_id), template)
     uploads, left_out = collect(model, card, token)
-    if token is None:
-        raise InputError(f"nobody is logged in to the Hub: {LOG_IN}.")
     default = f"Publish {destination.repo_id.rpartition('/')[2]}, merged by esmerge"
     destination = replace(destination, message=destination.message or default)
     api = HfApi(**LIBRARY)

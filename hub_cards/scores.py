@@ -1,6 +1,6 @@
 """What `results/` says of a merged model, and how the Hub is told."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
@@ -8,7 +8,7 @@ from huggingface_hub.utils import yaml_dump
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from esmerge.errors import InputError
-from esmerge.records import hash_of_parts, model_hashes
+from esmerge.records import is_recorded_base, model_hashes
 from esmerge.sources import read_json
 from esmerge.yaml_files import first_error
 from hub_cards.merged_model import MergedModel
@@ -148,20 +148,14 @@ def read_results(model: MergedModel) -> list[TaskResults]:
                 f"{file} is of other weights than {model.folder} holds: evaluate this model again, or move the file "
                 "away."
             )
-        if results.model.base is not None and not _is_base(results.model.base, model.record["inputs"]["base"]):
+        base = None if results.model.base is None else results.model.base.model_dump()
+        if base is not None and not is_recorded_base(base, model.record["inputs"]["base"]):
             raise InputError(
                 f"{file} is of this adapter on another base than it was merged for: evaluate it again without --base, "
                 "or move the file away."
             )
         found.append(results)
     return found
-
-
-def _is_base(evaluated: _Model, merged: Mapping[str, Any]) -> bool:
-    """Whether a model was evaluated on the base that its merge's record pins, as far as both tell."""
-    if merged.get("hash") and evaluated.hash:
-        return evaluated.hash == hash_of_parts([merged["hash"]])
-    return None in (evaluated.commit, merged.get("commit")) or evaluated.commit == merged["commit"]
 
 
 def eval_results(results: Sequence[TaskResults]) -> list[EvalResult]:

@@ -1,5 +1,6 @@
 """`esmerge evaluate` on one page: a model and tasks in, results/<task>.json and results/<task>.jsonl out."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from lightning_modules.evaluation_results import (
     describe_model,
     describe_task,
     esmerge_recipe,
+    is_own_base,
     outcomes_of,
     read_results,
     results_file,
@@ -38,6 +40,8 @@ from lightning_modules.sample_log import Record, UnfinishedRun, log_file, read_l
 from lightning_modules.samples import Item, Sample, load_samples
 from lightning_modules.soft_tokens import ItemFeatures
 from lightning_modules.tasks import check_names, load_task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def evaluate(
     # Whoever pushes to the Hub meanwhile changes nothing: all is taken from the commits that are found here.
     source = resolve(model, Path(), "the model", settings.trust_remote_code)
     named = base_of(source.folder, settings.base)
-    base = None if named is None else resolve(named, Path(), "the base", settings.trust_remote_code)
+    base = None if named is None else resolve(named, Path(), "the base (--base)", settings.trust_remote_code)
     pinned = (source.pinned, None if base is None else base.pinned)
     folder = _output_folder(source, output)
     loaded = [load_task(name) for name in tasks]
@@ -108,6 +112,10 @@ def evaluate(
     settings.devices.check(min(len(task.samples) for task in prepared))
     first = rank_zero_only.rank == 0
     identity = describe_model(source, base) if first or settings.resume else {}
+    if first and base is not None and not is_own_base(source.folder, identity["base"]):
+        logger.warning(
+            "%s was merged on another base than %s: these are no scores of what was merged.", model, base.reference
+        )
     runs = {task.task.name: _run_of(task, writer, settings, identity) for task in prepared}
 
     results = {task.task.name: _finished(task, runs, settings, folder) for task in prepared}

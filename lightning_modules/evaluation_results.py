@@ -16,7 +16,7 @@ import yaml
 from benchmarks.tasks.task import Task
 from esmerge.errors import InputError
 from esmerge.hub import is_commit, split_reference
-from esmerge.records import model_hashes
+from esmerge.records import is_recorded_base, model_hashes
 from esmerge.remote_code import code_files
 from esmerge.results import RECORD_FILE, versions, write_whole
 from esmerge.sources import Source, content_hash, read_json
@@ -59,16 +59,29 @@ def describe_model(source: Source, base: Source | None) -> dict[str, Any]:
 
 def esmerge_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of a merged model, with the last names of folders only; None if esmerge did not merge it."""
+    recipe = _recorded(folder, "recipe")
+    if recipe is None:
+        return None
+    # What a merge took from the Hub, it recorded with the commit.
+    found: dict[str, Any] = portable(recipe, lambda reference: is_commit(split_reference(reference)[1]))
+    return found
+
+
+def is_own_base(folder: Path, base: Mapping[str, Any]) -> bool:
+    """Whether a base, as `describe_model` has it, is the one that a merged model in a folder was merged on, if any."""
+    inputs = _recorded(folder, "inputs")
+    return inputs is None or is_recorded_base(base, inputs.get("base", {}))
+
+
+def _recorded(folder: Path, section: str) -> dict[str, Any] | None:
+    """A section of a merge's record; None if there is no record."""
     file = folder / RECORD_FILE
     if not file.exists():
         return None
     try:
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
-        recipe = record["recipe"]
+        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))[section]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no record of a merge: restore or remove it.") from error
-    # What a merge took from the Hub, it recorded with the commit.
-    found: dict[str, Any] = portable(recipe, lambda reference: is_commit(split_reference(reference)[1]))
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -1132,6 +1133,26 @@ def unknown_device(inputs):
     inputs.recipe["device"] = "tpu"
 
 
+@case("parameters are those of a method here", "write method: {name: ties, density: ...}")
+def parameters_as_mergekit_has_them(inputs):
+    inputs.recipe |= {"method": "ties", "parameters": {"density": 0.5}}
+
+
+@case("name is 'TIES'", "did you mean ties?")
+def method_in_capitals(inputs):
+    inputs.recipe["method"] = "TIES"
+
+
+@case("output.rank is 'auto'", "expected a whole number")
+def rank_in_words(inputs):
+    inputs.recipe["output"] = {"rank": "auto"}
+
+
+@case("recipe.yaml with --set seed=abc", "expected a whole number", "--set=seed=abc")
+def wrong_override(inputs):
+    pass
+
+
 @case("device meta", "has no numbers")
 def device_without_numbers(inputs):
     inputs.recipe["device"] = "meta"
@@ -1207,7 +1228,7 @@ def override_of_an_unknown_field(inputs):
     pass
 
 
-@case("seed is 'many'", "valid integer", "--set=seed=many")
+@case("seed is 'many'", "whole number", "--set=seed=many")
 def override_with_a_value_of_another_type(inputs):
     pass
 
@@ -1297,6 +1318,22 @@ def test_inspect_of_a_folder_that_is_no_result(esmerge, tmp_path):
     code, out, err = esmerge("inspect", tmp_path)
     assert (code, out) == (2, "")
     assert err == f"esmerge: {tmp_path} is no esmerge result: it has no coefficients.safetensors.\n"
+
+
+def test_inspect_of_a_model_without_layers(llama, merge, recipe, esmerge):
+    folder = merge({**recipe, "coefficients": "uniform"})
+    coefficients = load_file(folder / "coefficients.safetensors")
+    del coefficients["alpha"]
+    with safe_open(folder / "coefficients.safetensors", "pt") as stored:
+        metadata = stored.metadata()
+    save_file(coefficients, folder / "coefficients.safetensors", metadata)
+    code, _, err = esmerge("inspect", folder)
+    assert code == 2 and "no layer-wise coefficients" in err
+
+
+def test_inspect_of_a_folder_that_is_not_there(esmerge, tmp_path):
+    code, _, err = esmerge("inspect", tmp_path / "nowhere")
+    assert (code, err) == (2, f"esmerge: the folder {tmp_path / 'nowhere'} does not exist.\n")
 
 
 def test_debug_shows_the_traceback(inputs, esmerge_program, tmp_path):

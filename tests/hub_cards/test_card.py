@@ -396,7 +396,7 @@ def test_results_that_are_none(merge, recipe, esmerge, results, changes, part):
     assert not (folder / "README.md").exists()
 
 
-def test_scores_are_of_the_weights_and_the_base_that_are_published(merge, recipe, esmerge, llama, tmp_path):
+def test_scores_are_of_the_weights_and_the_base_that_are_published(merge, recipe, esmerge, llama, tmp_path, caplog):
     recipe["coefficients"] = "uniform"
     folder = merge(recipe)
     (tmp_path / "data.csv").write_text("smiles,y\nCCO,1\nCC,0\nO,1\nCN,0\n")
@@ -421,7 +421,9 @@ def test_scores_are_of_the_weights_and_the_base_that_are_published(merge, recipe
     other = shutil.copytree(llama / "base", tmp_path / "other")
     changed = {name: 2 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    caplog.clear()
     assert esmerge(*arguments, "--base", other)[0] == 0
+    assert f"{folder} was merged on another base than {other}" in caplog.text
     code, _, error = esmerge("card", folder)
     assert code == 2 and "toy.json is of this adapter on another base" in error
 
