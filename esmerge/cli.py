@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from esmerge.errors import NO_ROOM, InputError, Interrupted, first_line
+from esmerge.errors import NO_ROOM, InputError, Interrupted, OutOfMemory
 
 app = typer.Typer(
     name="esmerge",
@@ -475,7 +475,7 @@ def main() -> None:
         from esmerge.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            _fail(f"memory ran out ({first_line(error)}): free some, or use a device that has more.", 2, debug)
+            _fail(str(OutOfMemory(error, "free some, or use a device that has more")), 2, debug)
         _fail(f"{type(error).__name__}: {error} (an error inside esmerge; --debug shows where)", 1, debug)
 
 

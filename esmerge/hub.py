@@ -452,10 +452,12 @@ def _reason(error: Exception, repo_id: str, revision: str | None, kind: str) -> 
     if status is not None:
         remedy = "your token may not read it" if status == 403 else "try again later; what is complete is kept"
         return f"the Hub answered {status} for {repo_id}: {remedy}."
-    here = "" if kind == "dataset" else f"{repo_id} is no folder here; if it is on the Hub: "
+    here, instead = f"{repo_id} is no folder here; if it is on the Hub: ", " Or name a folder that has it."
+    if kind == "dataset":
+        here = instead = ""
     return (
         f"{here}the connection to {constants.ENDPOINT} failed while {repo_id} was asked for: check it and run the same "
-        f"command again; what is complete is kept.{'' if kind == 'dataset' else ' Or name a folder that has it.'}"
+        f"command again; what is complete is kept.{instead}"
     )
 
 

@@ -227,8 +227,7 @@ def _refuse_transposed(base: Source, specialists: Iterable[Specialist]) -> None:
     if (kind := base.config().get("model_type")) not in _TRANSPOSED:
         return
     for specialist in specialists:
-        inside = [name for name in getattr(specialist, "modules", {}) if name.startswith("layers.")]
-        if isinstance(specialist, LoraSpecialist) and inside:
+        if isinstance(specialist, LoraSpecialist) and any(name.startswith("layers.") for name in specialist.modules):
             raise InputError(
                 f"specialist {specialist.name}: {specialist.folder} has factors of Conv1D layers, as the linear layers "
                 f"of a {kind} are, which cannot be merged: {AS_FULL_CHECKPOINT}."
@@ -297,7 +296,7 @@ def _fit_adapter(plan: Plan) -> Plan:
     plan = replace(plan, targets=targets)
     _check_rank(plan)
     _check_experts(plan, known)
-    return _with_modules(plan)
+    return _with_modules(plan, known)
 
 
 def _check_rank(plan: Plan) -> None:
@@ -315,8 +314,8 @@ def _check_rank(plan: Plan) -> None:
 
 def _check_experts(plan: Plan, known: Mapping[str, Mapping[str, nn.Module]]) -> None:
     """Raise `InputError` if PEFT would take factors of other linear layers for those of experts that run as one."""
-    fused = [target.name for target in plan.targets if known and len(target.shape) == 2 and target.name not in known]
-    leaves = {_leaf(name): name for name in fused if is_expert(name)}
+    names = [target.name for target in plan.targets] if known else []
+    leaves = {_leaf(name): name for name in names if is_expert(name) and name not in known}
     for target in plan.merged:
         if target.name in known and (expert := leaves.get(_leaf(target.name))) is not None:
             raise InputError(
@@ -329,17 +328,20 @@ def _leaf(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _with_modules(plan: Plan) -> Plan:
+def _with_modules(plan: Plan, known: Mapping[str, Mapping[str, nn.Module]]) -> Plan:
     """What is merged under the names of the base's modules, where PEFT looks for them.
 
     The base's checkpoint can have others, and so can adapters of a model that held the base when they were trained.
+
+    Args:
+        known: the base's `weight_modules`; empty if they have not been looked for.
     """
     told = {t.name: {s.modules[t.name] for s in plan.specialists if t.name in s.modules} for t in plan.merged}
     stored = {target.name: target.stored.removesuffix(".weight") for target in plan.merged}
     usual = {target.name: f"model.{target.name.removesuffix('.weight')}" for target in plan.merged}
     # Where both agree there is nothing to find out, which would take longer than a small merge.
     agreed = all((told[name] or {usual[name]}) == {stored[name]} for name in told)
-    known = {} if agreed else weight_modules(plan.base.folder, plan.trust_remote_code)
+    known = {} if agreed else known or weight_modules(plan.base.folder, plan.trust_remote_code)
     targets = []
     for target in plan.targets:
         if target.merged:

@@ -59,8 +59,7 @@ def _fixed_merger(plan: Plan, inputs: Inputs) -> Merger:
 
 def _method(plan: Plan) -> tuple[Method, dict[str, Any]]:
     """The recipe's method, and all its parameters."""
-    method = METHODS[plan.recipe.method.name]
-    return method, method.parameters.model_validate(plan.recipe.method.parameters).model_dump()
+    return METHODS[plan.recipe.method.name], plan.recipe.method.resolved.model_dump()
 
 
 def layer_merge(plan: Plan) -> LayerMerge:
@@ -107,8 +106,7 @@ def positions_of(plan: Plan) -> Positions | None:
     method = plan.recipe.method
     if not method.matches:
         return None
-    parameters = METHODS[method.name].parameters.model_validate(method.parameters)
-    tokens: Tokens | None = getattr(parameters, "tokens", "all")
+    tokens: Tokens | None = getattr(method.resolved, "tokens", "all")
     if plan.recipe.probe is None or plan.recipe.probe.is_shared:
         return tokens or "own"
     return "whole" if tokens == "all" else tokens or "own_and_after"

@@ -207,7 +207,7 @@ class MethodRecipe(BaseModel):
             raise ValueError(f"name is {self.name!r}{nearest(self.name, list(METHODS))} (known: {', '.join(METHODS)})")
         parameters, check = METHODS[self.name].parameters, METHODS[self.name].check
         try:
-            values = parameters.model_validate(self.parameters).model_dump()
+            values = self.resolved.model_dump()
         except ValidationError as error:
             first = error.errors()[0]
             field = str(first["loc"][0])
@@ -234,18 +234,16 @@ class MethodRecipe(BaseModel):
         return self.parameters.get("activations") == "merged"
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        """All parameters of the method that have a value, by their names in a recipe."""
-        from esmerge.methods import METHODS
-
-        known = METHODS[self.name].parameters.model_validate(self.parameters)
-        found: dict[str, Any] = known.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return found
-
-    @property
     def parameters(self) -> dict[str, Any]:
         """The method's parameters, as the recipe gives them."""
         return dict(self.model_extra or {})
+
+    @property
+    def resolved(self) -> BaseModel:
+        """All parameters of the method, with their defaults."""
+        from esmerge.methods import METHODS
+
+        return METHODS[self.name].parameters.model_validate(self.parameters)
 
 
 class OutputRecipe(_Strict):
@@ -490,7 +488,7 @@ def _kept_inputs(inputs: Any, recorded: dict[str, Any], content: dict[str, Any],
 
 def parse_recipe(content: dict[str, Any], folder: Path, source: str = "the recipe") -> Recipe:
     """A recipe from a mapping; relative paths in it start from `folder`."""
-    if isinstance(given := content.get("parameters"), dict):
+    if (given := content.get("parameters")) and isinstance(given, dict):
         raise InputError(
             f"{source}: parameters are those of a method here: write method: {{name: {_method_name(content)}, "
             f"{', '.join(map(str, given))}: ...}}."

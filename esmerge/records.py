@@ -148,7 +148,10 @@ def merge_record(plan: Plan, merger: Merger, inputs: Mapping[str, Any], counts: 
     """What `esmerge.yaml` holds: the recipe, its pinned inputs, versions, and numbers of tensors."""
     recipe = _located(plan.recipe).model_dump(mode="json", by_alias=True, exclude_none=True)
     # With the defaults of this version, which need not be those of another.
-    recipe["method"] = {"name": plan.recipe.method.name, **plan.recipe.method.resolved}
+    recipe["method"] = {
+        "name": plan.recipe.method.name,
+        **plan.recipe.method.resolved.model_dump(mode="json", by_alias=True, exclude_none=True),
+    }
     record: dict[str, Any] = {
         "recipe": recipe,
         "inputs": dict(inputs),

@@ -123,11 +123,11 @@ def _raise_resumable(error: BaseException, goes_on: str, same_threads: bool) -> 
     """Raise an error that leaves what is complete as good as it was, with the sentence that tells how to go on."""
     if isinstance(error, KeyboardInterrupt):
         raise Interrupted(goes_on) from error
+    remedy = f"{'free some memory' if same_threads else LESS_MEMORY}; {goes_on}"
     if isinstance(error, WorkerKilled):
-        remedy = "free some memory" if same_threads else LESS_MEMORY
-        raise WorkerKilled(f"{remedy}; {goes_on}") from error
+        raise WorkerKilled(remedy) from error
     if is_out_of_memory(error):
-        raise OutOfMemory(error, f"{'free some' if same_threads else LESS_MEMORY}; {goes_on}") from error
+        raise OutOfMemory(error, remedy) from error
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         error.add_note(goes_on)
         raise error

@@ -78,11 +78,8 @@ class NestedError(ValueError):
 
 def nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None = None) -> str:
     """What to append to a message about an unknown name: the known one that is meant or looks most like it, if any."""
-    alike = next((own for own in known if own.lower() == name.lower()), None)
-    if synonyms and name in synonyms:
-        close = [synonyms[name]]
-    else:
-        close = [alike] if alike else difflib.get_close_matches(name, known, n=1)
+    alike = [own for own in known if own.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
+    close = [synonyms[name]] if synonyms and name in synonyms else alike
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -126,7 +126,7 @@ def _made(make: Any, *arguments: Any, dtype: torch.dtype | None = None, **_: Any
     return OtherTensor(make(*arguments, dtype=dtype, device="cpu"))
 
 
-def operator_of(name: str) -> Any:
+def _operator_of(name: str) -> Any:
     """The ATen operator of a name and an overload."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
@@ -143,7 +143,7 @@ def register() -> torch.library.Library:
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     library = torch.library.Library("aten", "IMPL")
     for name in ("empty.memory_format", "empty_strided", *_RESIZING):
-        library.impl(name, partial(_made, operator_of(name)), "PrivateUse1")
+        library.impl(name, partial(_made, _operator_of(name)), "PrivateUse1")
     # How torch itself moves tensors, of lists of indices for example.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     torch.Generator = _OtherGenerator
